@@ -1,0 +1,38 @@
+"""Every error that tacit raises on purpose.
+
+::
+
+    TacitError
+    ├── InputError             the caller's mistake; also a ValueError
+    │   ├── DataError          a data file is missing, truncated, corrupt or not the expected one
+    │   ├── RangeError         a number does not fit the fixed-point range, or is not finite
+    │   └── UnsupportedOperator   a model uses an operator that has no encrypted form
+    └── CorrelationError       correlated randomness would be used twice, or out of order
+
+A message names the thing at fault, its value where that is public, what was expected and what to do. It never holds a
+secret value: shares, masks, seeds, weights and inputs stay out of it.
+"""
+
+
+class TacitError(Exception):
+    """The root of the tree; catching it catches everything that tacit raises on purpose."""
+
+
+class InputError(TacitError, ValueError):
+    """The caller asked for something that cannot be: wrong shape, dtype, option or setting."""
+
+
+class DataError(InputError):
+    """A data file is missing, truncated, corrupt, or not the file that was expected."""
+
+
+class RangeError(InputError):
+    """A number is not finite, or lies outside the range of the fixed-point encoding."""
+
+
+class UnsupportedOperator(InputError):
+    """A model uses an operator that has no encrypted form; nothing has been dealt or sent."""
+
+
+class CorrelationError(TacitError):
+    """Correlated randomness was asked for twice, or in another order than it was dealt."""
