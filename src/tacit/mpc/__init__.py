@@ -1,0 +1,1 @@
+"""Two-party computation on shares with a crypto provider: protocols as generators, their dealers, their drivers."""

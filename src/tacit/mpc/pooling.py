@@ -1,0 +1,121 @@
+"""Max-pooling and average pooling of private images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tacit.errors import InputError
+from tacit.mpc.linear import times_number
+from tacit.mpc.shares import Share
+from tacit.mpc.sign import MAX_CHUNKS, maximum
+from tacit.mpc.steps import Protocol, Role
+from tacit.ring.fixed_point import FRACTION_BITS, MAGNITUDE_BITS
+
+_PADDING_BITS = MAGNITUDE_BITS - 2
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The public geometry of pooling over the last dimensions of a tensor, as torch's pooling functions take it.
+
+    Args:
+        kernel: window size a dimension.
+        stride: step a dimension.
+        padding: rows added on both sides a dimension.
+        dilation: distance of a window's elements a dimension.
+        ceil_mode: whether a window may hang over the far edge.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool = False
+
+    def outputs(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many windows each dimension of an input of ``sizes`` has."""
+        counts = []
+        for size, k, s, p, d in zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True):
+            span = size + 2 * p - d * (k - 1) - 1
+            count = (-(-span // s) if self.ceil_mode else span // s) + 1
+            # A window that would start in the padding beyond the far edge is not one.
+            counts.append(count - 1 if self.ceil_mode and (count - 1) * s >= size + p else count)
+        if min(counts) < 1:
+            raise InputError(f"a pooling window of {self.kernel} does not fit an input of {sizes}")
+        return tuple(counts)
+
+    def elements(self, tensor: Tensor, filler: int) -> list[Tensor]:
+        """One tensor for each position in the window, holding that element of every window; views where possible."""
+        sizes = tuple(tensor.shape[-len(self.kernel) :])
+        counts = self.outputs(sizes)
+        edges: list[int] = []
+        for size, count, k, s, p, d in zip(
+            sizes, counts, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            far = max(0, (count - 1) * s + d * (k - 1) + 1 - size - p)
+            edges = [p, far, *edges]
+        if any(edges):
+            tensor = functional.pad(tensor, edges, value=filler)
+        positions = []
+        for flat in range(math.prod(self.kernel)):
+            view, rest = tensor, flat
+            for axis in reversed(range(len(self.kernel))):
+                rest, offset = divmod(rest, self.kernel[axis])
+                start, step = offset * self.dilation[axis], self.stride[axis]
+                dim = tensor.dim() - len(self.kernel) + axis
+                view = view.narrow(dim, start, (counts[axis] - 1) * step + 1)
+                view = view[(slice(None),) * dim + (slice(None, None, step),)]
+            positions.append(view)
+        return positions
+
+
+def max_pool(x: Share, windows: Windows, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
+    """The largest element of every window, by a tournament.
+
+    1. split the window's elements in two halves; 2. keep the larger of each pair; 3. repeat until one is left.
+
+    Args:
+        x: a share of shape ``(..., *sizes)`` at any scale.
+        windows: the geometry.
+        chunks: the comparison window's size; it must hold the difference of any two elements of a window.
+
+    Returns:
+        A share of shape ``(..., *windows.outputs(sizes))`` at x's scale.
+
+    Guarantees: the element returned is within 2^-16 of the largest. Padding stands for -4,096: with padding, elements
+        must be larger than that.
+    Leakage: none.
+    Cost: 3·ceil(log2 w) rounds and w - 1 comparisons (see `tacit.mpc.sign.maximum`) a window of w elements.
+    """
+    # A public constant is alice's alone: her padding holds it, bob's holds zeros.
+    filler = -(1 << (_PADDING_BITS - FRACTION_BITS + x.scale)) if x.holder is Role.ALICE else 0
+    candidates = [x.with_words(view) for view in windows.elements(x.words, filler)]
+    while len(candidates) > 1:
+        half, odd = divmod(len(candidates), 2)
+        left = torch.stack([c.words for c in candidates[:half]])
+        right = torch.stack([c.words for c in candidates[half : 2 * half]])
+        winners = yield from maximum(x.with_words(left), x.with_words(right), chunks)
+        candidates = [x.with_words(words) for words in winners.words.unbind()] + candidates[len(candidates) - odd :]
+    return candidates[0]
+
+
+def average_pool(x: Share, windows: Windows, divisor: int | None = None) -> Share:
+    """The mean of every window: a local sum, and a public factor that goes into the scale.
+
+    Args:
+        x: a share of shape ``(..., *sizes)``.
+        windows: the geometry; padding counts as zeros.
+        divisor: divide by this instead of the window's size.
+
+    Returns:
+        A share of a larger scale, to be truncated by whatever follows. The factor's relative error is at most 2^-16,
+        and zero where the divisor is a power of two.
+    """
+    first, *others = windows.elements(x.words, 0)
+    total = sum(others, start=first)
+    return times_number(x.with_words(total), 1.0 / (divisor or math.prod(windows.kernel)))
