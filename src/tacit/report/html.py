@@ -1,0 +1,81 @@
+"""The HTML report of a demonstration run: one file that needs nothing else, neither network nor scripts.
+
+``render`` makes the page, ``write`` puts it on disk. The page's content security policy forbids any request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from tacit.errors import InputError
+from tacit.report import sections
+from tacit.report.data import DemoReport, LayerCost, Sample
+
+__all__ = ["DemoReport", "LayerCost", "Sample", "render", "write"]
+
+
+def render(report: DemoReport) -> str:
+    """Make the page.
+
+    Returns:
+        A whole HTML document; the same report gives the same text.
+
+    Raises:
+        InputError: matplotlib, which comes with ``tacit[demo]``, is not installed.
+    """
+    style = resources.files("tacit.report").joinpath("style.css").read_text(encoding="utf-8")
+    written = (
+        sections.training(report),
+        sections.predicting(report),
+        sections.parties(report),
+        sections.cost(report),
+        sections.provenance(report),
+    )
+    body = "\n".join(written)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>tacit: {escape(report.model)} on {escape(report.dataset)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{sections.header(report)}
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def write(report: DemoReport, path: str | os.PathLike[str]) -> None:
+    """Write the page to ``path``, all of it or nothing: a reader never finds half a file there.
+
+    Raises:
+        InputError: nothing can be written there, or matplotlib is not installed.
+    """
+    page = render(report)
+    target = Path(path)
+    draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with draft.open("x", encoding="utf-8") as stream:
+            stream.write(page)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, target)
+    except OSError as error:
+        raise InputError(f"cannot write the report to {target}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # after success there is no draft left
+            draft.unlink()
