@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,10 +43,20 @@ class Field:
     dealt: bool = False
     xor: bool = False
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def stretch(self) -> int:
+        """What it takes of a block: its bytes and what is left of the last word."""
+        return -(-self.nbytes // 8) * 8
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Its strides as a contiguous tensor, in elements."""
+        return tuple(math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
 
 
 class Part(SimpleNamespace):
@@ -70,6 +81,22 @@ class Correlation(ABC):
     def derive(self, uniform: Part, provider: Provider) -> dict[str, Tensor]:
         """The provider's half: the true values of the dealt fields, given those of the uniform ones."""
 
+    def correct(self, alice: Part, bob: Part, provider: Provider) -> dict[str, Tensor]:
+        """The corrections for bob: true values minus alice's expansions, or XOR; these may be overwritten.
+
+        Args:
+            alice: alice's expansions of all fields.
+            bob: bob's, of the uniform ones.
+            provider: whose generator and memory `derive` may use.
+        """
+        fields, halves = layout(self).fields, vars(bob).items()
+        uniform = {k: vars(alice)[k] ^ half if fields[k].xor else vars(alice)[k] + half for k, half in halves}
+        dealt = self.derive(Part(**uniform), provider)
+        for name, value in dealt.items():
+            own = vars(alice)[name]
+            dealt[name] = torch.bitwise_xor(value, own, out=own) if fields[name].xor else torch.sub(value, own, out=own)
+        return dealt
+
     def prepare(self, part: Part, party: Party) -> Part:
         """What a party computes from its part before it is needed; nothing, unless a correlation says otherwise."""
         return part
@@ -77,21 +104,49 @@ class Correlation(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes that the provider sends for it: bob's corrections."""
-        return sum(item.nbytes for item in self.fields.values() if item.dealt)
+        return layout(self).nbytes
+
+    @property
+    def multiplications(self) -> int:
+        """Words that each party multiplies online to use it, where that is what takes its time; for estimates."""
+        return 0
 
     def blank(self) -> Part:
         """A part on the ``meta`` device, for planning."""
         return Part(**{k: torch.empty(f.shape, dtype=f.dtype, device="meta") for k, f in self.fields.items()})
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What dealing needs to know of a correlation, worked out once: its fields may take planning to find.
+
+    Args:
+        fields: all of them.
+        uniform: those that are not dealt, which is all that bob expands.
+        nbytes: size of the dealt ones, which is what the provider sends.
+    """
+
+    fields: dict[str, Field]
+    uniform: dict[str, Field]
+    nbytes: int
+
+
+@lru_cache(maxsize=4096)
+def layout(correlation: Correlation) -> Layout:
+    """The layout of a correlation; equal ones have the same."""
+    fields = correlation.fields
+    uniform = {name: item for name, item in fields.items() if not item.dealt}
+    return Layout(fields, uniform, sum(item.nbytes for item in fields.values() if item.dealt))
+
+
 def expand(prg: Prg, fields: Mapping[str, Field]) -> Part:
-    """Uniform tensors for all fields, cut from one block of the generator's stream."""
-    sizes = {name: -(-item.nbytes // 8) * 8 for name, item in fields.items()}
-    block = torch.from_numpy(prg.array(sum(sizes.values())))
+    """Uniform tensors for all fields, contiguous and cut from one block of the generator's stream."""
+    block = torch.from_numpy(prg.array(sum(item.stretch for item in fields.values())))
     tensors, start = {}, 0
     for name, item in fields.items():
-        tensors[name] = block[start : start + item.nbytes].view(item.dtype).reshape(item.shape)
-        start += sizes[name]
+        # One call instead of a slice, a view and a reshape.
+        tensors[name] = block.view(item.dtype).as_strided(item.shape, item.strides, start // item.dtype.itemsize)
+        start += item.stretch
     return Part(**tensors)
 
 
@@ -121,11 +176,10 @@ class Party:
         if number != self._next:
             raise CorrelationError(f"{self.role.value} expects correlation {self._next} next, not {number}")
         self._next += 1
-        fields = correlation.fields
         prg = self.seed.derive("correlation", number)
         if self.role is Role.ALICE:
-            return correlation.prepare(expand(prg, fields), self)
-        part = expand(prg, {name: item for name, item in fields.items() if not item.dealt})
+            return correlation.prepare(expand(prg, layout(correlation).fields), self)
+        part = expand(prg, layout(correlation).uniform)
         return correlation.prepare(Part(**vars(part), **corrections), self)
 
     def __repr__(self) -> str:
@@ -144,6 +198,7 @@ class Provider:
     def __init__(self, alice: Prg, bob: Prg, own: Prg) -> None:
         self._alice, self._bob, self.prg = alice, bob, own
         self.weight_masks: dict[int, Tensor] = {}
+        self.step_masks: dict[str, Tensor] = {}
         self._next = 0
 
     def deal(self, correlation: Correlation) -> tuple[int, dict[str, Tensor]]:
@@ -152,16 +207,12 @@ class Provider:
         Returns:
             Its number, and the corrections to send to bob.
         """
-        number, self._next = self._next, self._next + 1
-        fields = correlation.fields
-        uniform_fields = {name: item for name, item in fields.items() if not item.dealt}
-        alice = vars(expand(self._alice.derive("correlation", number), fields))
-        bob = vars(expand(self._bob.derive("correlation", number), uniform_fields))
-        uniform = Part(
-            **{k: alice[k] ^ bob[k] if item.xor else alice[k] + bob[k] for k, item in uniform_fields.items()}
-        )
-        dealt = correlation.derive(uniform, self)
-        corrections = {k: v ^ alice[k] if fields[k].xor else v - alice[k] for k, v in dealt.items()}
+        number = self._next
+        alice = expand(self._alice.derive("correlation", number), layout(correlation).fields)
+        bob = expand(self._bob.derive("correlation", number), layout(correlation).uniform)
+        corrections = correlation.correct(alice, bob, self)
+        # A failure above has sent nothing to anyone, and the parties still expect this number.
+        self._next += 1
         return number, corrections
 
     def __repr__(self) -> str:

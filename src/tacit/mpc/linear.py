@@ -12,15 +12,21 @@ fixed-point tensors has the sum of their scales.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tacit.errors import InputError
 from tacit.mpc.correlation import Correlation, Field, Part, Party, Provider
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Open, Protocol, Take
 from tacit.ring.fixed_point import encode
+from tacit.ring.kernels import products
+
+MAX_FACTOR = 2.0**30
+_MAX_SHIFT = 60
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class MatMul:
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         """The product of words, modulo 2^64."""
-        return torch.matmul(left, right)
+        return products.matmul(left, right)
 
 
 @dataclass(frozen=True)
@@ -52,18 +58,7 @@ class Convolve:
 
     def __call__(self, left: Tensor, right: Tensor) -> Tensor:
         """Input ``left`` convolved with weight ``right``, modulo 2^64."""
-        transposed, output_padding = False, [0] * len(self.stride)
-        return torch.convolution(
-            left,
-            right,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            transposed,
-            output_padding,
-            self.groups,
-        )
+        return products.convolve(left, right, self.stride, self.padding, self.dilation, self.groups)
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,16 @@ class Swapped:
 
 
 Bilinear = MatMul | Multiply | Convolve | Swapped
+
+
+def multiplications(op: Bilinear, left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """How many words ``op`` multiplies on operands of these shapes, for estimates of computing time."""
+    if isinstance(op, Swapped):
+        return multiplications(op.op, right, left)
+    outputs = math.prod(output_shape(op, left, right))
+    if isinstance(op, MatMul):
+        return outputs * left[-1]
+    return outputs * (math.prod(right[1:]) if isinstance(op, Convolve) else 1)
 
 
 def output_shape(op: Bilinear, left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,6 +146,11 @@ class WeightProduct(Correlation):
         """C = A∘B."""
         return {"q": self.op(uniform.a, provider.weight_masks[self.number])}
 
+    @property
+    def multiplications(self) -> int:
+        """One ∘."""
+        return multiplications(self.op, self.left, self.right)
+
     def prepare(self, part: Part, party: Party) -> Part:
         """Q_p = A_p∘F + C_p."""
         weight: Weight = party.weights[self.number]
@@ -167,6 +177,11 @@ class Product(Correlation):
     def derive(self, uniform: Part, provider: Provider) -> dict[str, Tensor]:
         """C = A∘B."""
         return {"c": self.op(uniform.a, uniform.b)}
+
+    @property
+    def multiplications(self) -> int:
+        """Two ∘."""
+        return 2 * multiplications(self.op, self.left, self.right)
 
 
 def load_weight(weight: Share, number: int) -> Protocol[Weight]:
@@ -206,7 +221,7 @@ def times_weight(x: Share, weight: Weight, op: Bilinear) -> Protocol[Share]:
     """
     part = yield Take(WeightProduct(weight.number, op, tuple(x.shape), tuple(weight.share.shape)))
     (opened,) = yield Open(x.words - part.a)
-    return x.with_words(op(opened, weight.share.words) + part.q, x.scale + weight.share.scale)
+    return x.with_words(op(opened, weight.share.words).add_(part.q), x.scale + weight.share.scale)
 
 
 def times(x: Share, y: Share, op: Bilinear) -> Protocol[Share]:
@@ -228,7 +243,7 @@ def times(x: Share, y: Share, op: Bilinear) -> Protocol[Share]:
     """
     part = yield Take(Product(op, tuple(x.shape), tuple(y.shape)))
     e, f = yield Open(x.words - part.a, y.words - part.b)
-    return x.with_words(op(e, y.words) + op(part.a, f) + part.c, x.scale + y.scale)
+    return x.with_words(op(e, y.words).add_(op(part.a, f)).add_(part.c), x.scale + y.scale)
 
 
 def times_public(x: Share, values: Tensor, op: Bilinear, bits: int) -> Share:
@@ -239,26 +254,36 @@ def times_public(x: Share, values: Tensor, op: Bilinear, bits: int) -> Share:
 def times_number(x: Share, factor: float) -> Share:
     """[X] times a public number, locally.
 
-    The factor is taken as a mantissa of at most 16 bits times a power of two, and the power goes into the scale. Its
-    relative error is at most 2^-16, and powers of two (an average over 4 values, a halving) are exact and free.
+    The factor is taken as a mantissa of at most 16 bits times a power of two, and the power goes into the scale.
+
+    Args:
+        x: a share.
+        factor: of magnitude below 2^30.
+
+    Returns:
+        A share whose scale grows by what the mantissa has after its point: up to 15 bits for a factor of magnitude 1,
+        one more for each halving.
+
+    Guarantees: the factor's relative error is at most 2^-16, and powers of two (an average over 4 values, a halving)
+        are exact and free. A factor below 2^-45 gives 0, which is right to within 2^-31.
+    Raises:
+        InputError: the factor is not finite or too large.
     """
-    if factor == 0.0:
-        return x.with_words(torch.zeros_like(x.words))
+    if not abs(factor) < MAX_FACTOR:
+        raise InputError(f"a public factor of {factor} is out of range: magnitudes below 2^30 are taken")
     mantissa, shift = _mantissa(factor)
+    if not mantissa or shift > _MAX_SHIFT:
+        return x.with_words(torch.zeros_like(x.words))
     scaled = x.with_words(x.words * mantissa if mantissa != 1 else x.words, x.scale + shift)
     return scaled if scaled.scale >= 0 else scaled.raised(0)
 
 
 def _mantissa(factor: float) -> tuple[int, int]:
     """(m, s) with factor ≈ m / 2^s, m odd or 0 and at most 16 bits."""
-    numerator, shift = (
-        float(factor).as_integer_ratio()[0],
-        float(factor).as_integer_ratio()[1].bit_length() - 1,
-    )
+    numerator, denominator = float(factor).as_integer_ratio()
+    shift = denominator.bit_length() - 1
     excess = max(0, abs(numerator).bit_length() - 16)
-    numerator = round(numerator / 2**excess)
-    shift -= excess
+    numerator, shift = round(numerator / 2**excess), shift - excess
     while numerator and numerator % 2 == 0:
-        numerator //= 2
-        shift -= 1
+        numerator, shift = numerator // 2, shift - 1
     return numerator, shift

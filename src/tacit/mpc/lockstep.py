@@ -24,6 +24,7 @@ from tacit.ring.prg import Prg
 
 T = TypeVar("T")
 Loaded = dict[str, Share | Weight]
+Dealt = deque[tuple[Correlation, Part, Part]]
 
 
 @dataclass
@@ -34,12 +35,14 @@ class LayerCount:
         rounds: messages that each party sends in which this layer took part.
         bytes_online: bytes that each party sends to the other.
         bytes_dealt: bytes that the provider sends, all of them to bob.
+        multiplications: words that each party multiplies in products.
         seconds: computing time of both parties together; 0 in a plan or without a clock.
     """
 
     rounds: int = 0
     bytes_online: int = 0
     bytes_dealt: int = 0
+    multiplications: int = 0
     seconds: float = 0.0
 
 
@@ -66,7 +69,9 @@ class Meter:
     def took(self, correlation: Correlation) -> None:
         """A correlation was used."""
         self.correlations.append(correlation)
-        self._layer(self._current).bytes_dealt += correlation.nbytes
+        layer = self._layer(self._current)
+        layer.bytes_dealt += correlation.nbytes
+        layer.multiplications += correlation.multiplications
 
     def opened(self, step: Open) -> None:
         """A round: every layer in it is charged for its own bytes."""
@@ -151,7 +156,6 @@ class Trio:
         self.provider = Provider(alice, bob, root.derive("provider"))
         self.alice.cluster = self.bob.cluster = self
         self.tap = tap
-        self._pool: deque[tuple[Correlation, Part, Part]] = deque()
 
     @staticmethod
     def of(alice: Party, bob: Party, provider: Provider) -> Trio:
@@ -165,25 +169,26 @@ class Trio:
             raise InputError("give alice, bob and the crypto provider of one cluster, in this order")
         return trio
 
-    def deal(self, correlations: Iterable[Correlation]) -> None:
-        """Deal ahead of need, in the order in which a protocol will take them."""
-        self._pool.extend((correlation, *self._deal(correlation)) for correlation in correlations)
+    def deal(self, correlations: Iterable[Correlation]) -> Dealt:
+        """Deal ahead of need for one `run`, in the order in which it will take them."""
+        return deque((correlation, *self._deal(correlation)) for correlation in correlations)
 
-    def run(self, alice: Protocol[T], bob: Protocol[T], meter: Meter | None = None) -> tuple[T, T]:
+    def run(
+        self, alice: Protocol[T], bob: Protocol[T], meter: Meter | None = None, dealt: Dealt | None = None
+    ) -> tuple[T, T]:
         """Run both parties' generators step by step.
-
-        What was dealt ahead is taken first; what was not is dealt on the spot.
 
         Args:
             alice: the protocol on alice's shares.
             bob: the same protocol on bob's.
             meter: counts the cost.
+            dealt: what `deal` dealt for this run; it is used up. Without it, everything is dealt on the spot.
 
         Returns:
             What each of the two computed.
 
         Raises:
-            CorrelationError: the two parties' steps differ, or the pool holds something else than what is asked for.
+            CorrelationError: the two parties' steps differ, or something else was dealt than what is asked for.
         """
         meter = meter or Meter()
         meter.start_clock()
@@ -193,12 +198,14 @@ class Trio:
             right, right_result = _advance(bob, answers[1])
             if left is None and right is None:
                 meter.enter("")
+                if dealt:
+                    raise CorrelationError(f"{len(dealt)} dealt correlations were left over: they were for another run")
                 return left_result, right_result
             answers = (None, None)
             if isinstance(left, Take) and left == right:
                 meter.took(left.correlation)
-                answers = self._take(left.correlation)
-            elif isinstance(left, Open) and isinstance(right, Open) and left.labels == right.labels:
+                answers = self._deal(left.correlation) if dealt is None else _taken(dealt, left.correlation)
+            elif isinstance(left, Open) and isinstance(right, Open) and _alike(left, right):
                 meter.opened(left)
                 answers = self._exchange(left, right)
             elif isinstance(left, Enter) and left == right:
@@ -218,17 +225,6 @@ class Trio:
         alice = self.alice.receive(number, correlation, {})
         return alice, self.bob.receive(number, correlation, corrections)
 
-    def _take(self, correlation: Correlation) -> tuple[Part, Part]:
-        if not self._pool:
-            return self._deal(correlation)
-        dealt, alice, bob = self._pool.popleft()
-        if dealt != correlation:
-            self._pool.clear()
-            raise CorrelationError(
-                f"the next dealt correlation is {dealt}, not {correlation}; the rest was thrown away"
-            )
-        return alice, bob
-
     def _exchange(self, left: Open, right: Open) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         if self.tap:
             self.tap(Role.ALICE, left)
@@ -238,11 +234,21 @@ class Trio:
         )
         return opened, opened
 
-    def discard(self) -> int:
-        """Throw away what was dealt and not used; how many correlations that was."""
-        count = len(self._pool)
-        self._pool.clear()
-        return count
+
+def _taken(dealt: Dealt, correlation: Correlation) -> tuple[Part, Part]:
+    """The parts dealt next, if they are what is asked for."""
+    if not dealt or dealt[0][0] != correlation:
+        found = dealt[0][0] if dealt else "nothing"
+        dealt.clear()
+        raise CorrelationError(f"{correlation} is asked for, but {found} was dealt: it was for another run")
+    _, alice, bob = dealt.popleft()
+    return alice, bob
+
+
+def _alike(left: Open, right: Open) -> bool:
+    """Whether two openings are of the same values."""
+    shapes = ([(value.shape, value.dtype) for value in step.values] for step in (left, right))
+    return left.labels == right.labels and next(shapes) == next(shapes)
 
 
 def _advance(protocol: Protocol[T], answer: Any) -> tuple[Any, Any]:

@@ -30,26 +30,15 @@ import torch
 from torch import Tensor
 
 from tacit.errors import InputError
+from tacit.mpc import phases
 from tacit.mpc.correlation import Correlation, Field, Part, Provider
+from tacit.mpc.phases import CHUNK_BITS, SELECTOR_BIT, TOP_BIT
 from tacit.mpc.shares import Bits, Share
 from tacit.mpc.steps import Open, Protocol, Role, Take
 from tacit.ring.fixed_point import FRACTION_BITS
-from tacit.ring.integers import (
-    WORD_BITS,
-    bits_at,
-    lookup,
-    low_byte_after_shift,
-    parity,
-    shift_right,
-    thermometer,
-    top_bit,
-)
+from tacit.ring.integers import WORD_BITS, bits_at, lookup, shift_right, thermometer, top_bit
 
-CHUNK_BITS = 6
 MAX_CHUNKS = 5
-_OFFSET = 1 << 62
-_SELECTOR_BIT = 62
-_TOP_BIT = 61
 
 
 @dataclass(frozen=True)
@@ -58,7 +47,8 @@ class Window:
 
     Args:
         lowest: the lowest bit looked at; what lies below is ignored, so a value in (-2^lowest, 0) may count as 0.
-        chunks: how many groups of 6 bits, 1 to 5. The sign is right for magnitudes below 2^(lowest + 6·chunks).
+        chunks: how many groups of 6 bits, 1 to 5. The sign is right for -2^top ≤ Z ≤ 2^top - 2^lowest, with top =
+            lowest + 6·chunks: between that and 2^top the ignored bits may carry into the sign.
 
     Raises:
         InputError: the window does not fit the word.
@@ -130,6 +120,9 @@ class Mask(Correlation):
         drop: fractional bits to truncate, 0 to 62.
         window: where to compare, or ``None`` for truncation alone.
         select: whether the comparison's result will multiply the (truncated) value.
+
+    Raises:
+        InputError: a selection without a comparison.
     """
 
     shape: tuple[int, ...]
@@ -137,44 +130,70 @@ class Mask(Correlation):
     window: Window | None = None
     select: bool = False
 
+    def __post_init__(self) -> None:
+        if self.select and self.window is None:
+            raise InputError("a mask for selection needs a comparison window, whose result it selects by")
+
     @property
     def fields(self) -> dict[str, Field]:
         """r, then ρ and μ, the thermometer words, the word M of mask-bit products, and s, s·ρ, s·μ where needed."""
-        fields = {"r": Field(self.shape)}
-        # A share of μ = bit·2^(64-t) is a share of the bit modulo 2^t, shifted: t bits are enough for it.
-        wrap = Field(self.shape, _ring_of(self.drop), dealt=True)
+        facts = {name: Field(self.shape, dtype, dealt=True) for name, dtype in truncation_facts(self.drop).items()}
         word = Field(self.shape, dealt=True)
-        if self.drop:
-            fields |= {"rho": word, "mu": wrap}
+        fields = {"r": Field(self.shape), **facts}
         if self.window:
             fields["thermometers"] = Field((self.window.chunks, *self.shape), dealt=True, xor=True)
             fields["m"] = Field(self.shape, dealt=True, xor=True)
         if self.select:
-            fields |= {"s": word, "s_rho": word} | ({"s_mu": wrap} if self.drop else {})
+            fields |= {"s": word, "s_rho": word} | ({"s_mu": facts["mu"]} if self.drop else {})
         return fields
 
     def derive(self, uniform: Part, provider: Provider) -> dict[str, Tensor]:
         """The facts about R that `Opening` uses."""
-        r = uniform.r
-        dealt: dict[str, Tensor] = {}
-        rho, msb = shift_right(r, self.drop), top_bit(r)
+        rho, msb = shift_right(uniform.r, self.drop), top_bit(uniform.r)
+        dealt = comparison_facts(uniform.r, self.window, provider) if self.window else {}
         if self.drop:
             dealt |= {"rho": rho, "mu": msb.to(_ring_of(self.drop))}
-        if self.window:
-            low, chunks = self.window.lowest, range(self.window.chunks)
-            levels = (bits_at(r, low + CHUNK_BITS * i, CHUNK_BITS) for i in chunks)
-            dealt["thermometers"] = torch.stack([thermometer(level) for level in levels])
-            tables = combiner(self.window.chunks)
-            mask_bits = torch.from_numpy(provider.prg.array(r.numel())).reshape(self.shape) & ((1 << tables.width) - 1)
-            r_top = bits_at(r, self.window.top, 1)
-            dealt["m"] = lookup(tables.products, mask_bits) | (r_top << _TOP_BIT)
         if self.select:
             selector = provider.prg.bits(self.shape).to(torch.int64)
-            dealt["m"] |= selector << _SELECTOR_BIT
+            dealt["m"] |= selector << SELECTOR_BIT
             dealt |= {"s": selector, "s_rho": selector * rho}
             if self.drop:
                 dealt["s_mu"] = (selector & msb).to(_ring_of(self.drop))
         return dealt
+
+    def correct(self, alice: Part, bob: Part, provider: Provider) -> dict[str, Tensor]:
+        """What `derive` says, in one pass that leaves alice's expansions overwritten with the corrections."""
+        loops = phases.loops_for(alice.r)
+        if loops is None:
+            return super().correct(alice, bob, provider)
+        count, window = alice.r.numel(), self.window
+        names = ("rho", "mu", "thermometers", "m", "s", "s_rho", "s_mu")
+        # Empty where absent, of the type that is usual, for which the loop is compiled anyway.
+        narrow = _ring_of(self.drop or FRACTION_BITS)
+        absent = {name: torch.empty(0, dtype=narrow if name.endswith("mu") else torch.int64) for name in names}
+        loops.correct(
+            *phases.flat(alice.r, bob.r, *(vars(alice).get(name, absent[name]) for name in names)),
+            self.drop,
+            *((window.lowest, window.chunks) if window else (0, 0)),
+            *phases.flat(combiner(window.chunks if window else 1).products),
+            provider.prg.array(count if window else 0),
+            provider.prg.array(-(-count // 8) if self.select else 0),
+        )
+        return {name: value for name, value in vars(alice).items() if name != "r"}
+
+
+def comparison_facts(r: Tensor, window: Window, provider: Provider) -> dict[str, Tensor]:
+    """What a comparison needs to know about its mask R: a thermometer word a chunk, and M without a selector."""
+    tables, chunks = combiner(window.chunks), range(window.chunks)
+    levels = (bits_at(r, window.lowest + CHUNK_BITS * i, CHUNK_BITS) for i in chunks)
+    mask_bits = torch.from_numpy(provider.prg.array(r.numel())).reshape(r.shape) & ((1 << tables.width) - 1)
+    m = lookup(tables.products, mask_bits) | (bits_at(r, window.top, 1) << TOP_BIT)
+    return {"thermometers": torch.stack([thermometer(level) for level in levels]), "m": m}
+
+
+def truncation_facts(drop: int) -> dict[str, torch.dtype]:
+    """What is dealt to truncate, and in which type: ρ, and μ = bit·2^(64-t), whose share is one of the bit mod 2^t."""
+    return {"rho": torch.int64, "mu": _ring_of(drop)} if drop else {}
 
 
 def _ring_of(bits: int) -> torch.dtype:
@@ -202,71 +221,45 @@ class Opening:
     def _scale(self) -> int:
         return self.source.scale - self.mask.drop
 
-    def _public(self) -> Tensor:
-        """What alice adds: (Ẑ >> t) - 2^(62-t)."""
-        return shift_right(self.opened, self.mask.drop) - (_OFFSET >> self.mask.drop)
-
-    def _unmask(self, rho: Tensor, mu: Tensor | None) -> Tensor:
-        """-ρ + (1 - msb Ẑ)·μ, for shares of ρ and μ (or of their products with s)."""
-        if mu is None:
-            return -rho
-        wrapped = 1 - top_bit(self.opened)
-        return (mu.to(torch.int64) << (WORD_BITS - self.mask.drop)) * wrapped - rho
+    @property
+    def _alice(self) -> bool:
+        return self.source.holder is Role.ALICE
 
     def value(self) -> Share:
         """Z / 2^drop as a share; local. See `truncate` for the error."""
         if not self.mask.drop:
             return self.source
-        own = self.source.with_words(self._unmask(self.part.rho, self.part.mu), self._scale)
-        return own.plus_public(self._public())
+        words = phases.truncated(self.opened, self.part.rho, self.part.mu, self.mask.drop, self._alice)
+        return self.source.with_words(words, self._scale)
 
     def nonnegative(self) -> Protocol[Bits]:
         """The bit 1{Z ≥ 0} as an XOR share; one round of one byte an element. See `nonnegative` for its guarantee."""
-        window, holder = self.mask.window, self.source.holder
+        window, part = self.mask.window, self.part
         if window is None:
             raise InputError("this opening was dealt without a comparison window")
-        tables = combiner(window.chunks)
-        masked = self.opened - _OFFSET
-        equals: list[Tensor] = []
-        greater: list[Tensor] = []
-        for i in reversed(range(window.chunks)):
-            level = bits_at(masked, window.lowest + CHUNK_BITS * i, CHUNK_BITS)
-            pair = low_byte_after_shift(self.part.thermometers[i], level)
-            above = (pair >> 1) & 1
-            greater.append(above)
-            equals.append((pair & 1) ^ above)
-        borrow = greater[0]
-        if tables.width:
-            byte = self.part.m.to(torch.uint8) & ((1 << tables.width) - 1)
-            for bit, share in enumerate((*equals[:-1], *greater[1:])):
-                byte = byte ^ (share << bit)
-            (byte,) = yield Open(byte)
-            borrow = borrow ^ parity(self.part.m & lookup(tables.coefficients, byte))
-            if holder is Role.ALICE:
-                borrow = borrow ^ lookup(tables.constant, byte)
-        sign = borrow ^ bits_at(self.part.m, _TOP_BIT, 1).to(torch.uint8)
-        if holder is Role.ALICE:
-            sign = sign ^ bits_at(masked, window.top, 1).to(torch.uint8)
-        return ~Bits(sign, holder)
+        bit = yield from compared(self.opened, part.thermometers, part.m, window, self._alice)
+        return Bits(bit, self.source.holder)
 
     def times(self, bit: Bits) -> Protocol[Share]:
         """b·(Z / 2^drop) as a share; one round of one bit an element."""
-        d = yield from self._open_under_selector(bit)
-        part = self.part
-        selected = part.s * self._public() + self._unmask(part.s_rho, getattr(part, "s_mu", None))
-        value = self.value()
-        return value.with_words(torch.where(d, value.words - selected, selected))
+        (d,) = yield Open(phases.under_selector(bit.bits, self.part.m))
+        return self.selected(d)
+
+    def selected(self, d: Tensor) -> Share:
+        """b·(Z / 2^drop) as a share, from the opened d = b ⊕ s; local."""
+        part, drop = self.part, self.mask.drop
+        if drop:
+            facts = (part.rho, part.mu, part.s, part.s_rho, part.s_mu)
+            words = phases.selected(d, self.opened, facts, drop, self._alice)
+        else:
+            words = phases.selected_whole(d, self.opened, self.source.words, (part.s, part.s_rho))
+        return self.source.with_words(words, self._scale)
 
     def as_number(self, bit: Bits) -> Protocol[Share]:
         """The bit b as an arithmetic share of 0 or 1, scale 0; one round of one bit an element."""
-        d = yield from self._open_under_selector(bit)
+        (d,) = yield Open(phases.under_selector(bit.bits, self.part.m))
         own = self.source.with_words(torch.where(d, -self.part.s, self.part.s), scale=0)
         return own.plus_public(d.to(torch.int64))
-
-    def _open_under_selector(self, bit: Bits) -> Protocol[Tensor]:
-        selector = bits_at(self.part.m, _SELECTOR_BIT, 1).to(torch.uint8)
-        opened: tuple[Tensor] = yield Open((bit.bits ^ selector).to(torch.bool))
-        return opened[0]
 
 
 def masked_opening(z: Share, drop: int = 0, window: Window | None = None, select: bool = False) -> Protocol[Opening]:
@@ -282,10 +275,35 @@ def masked_opening(z: Share, drop: int = 0, window: Window | None = None, select
     Cost: one round, 8 bytes an element each way. Dealt to bob, bytes an element: 8 + t/8 to truncate (t rounded up to
         8, 16, 32 or 64 bits), 8·chunks + 8 to compare, 16 + t/8 to select.
     """
-    mask = Mask(tuple(z.shape), drop, window, select)
+    return (yield from opened_under(Mask(tuple(z.shape), drop, window, select), z))
+
+
+def opened_under(mask: Mask, z: Share) -> Protocol[Opening]:
+    """Take this mask and open Z under it; see `masked_opening`."""
     part = yield Take(mask)
-    (opened,) = yield Open(z.plus_public(_OFFSET).words + part.r)
+    (opened,) = yield Open(phases.mask(z.words, part.r, z.holder is Role.ALICE))
     return Opening(opened, part, mask, z)
+
+
+def compared(opened: Tensor, thermometers: Tensor, m: Tensor, window: Window, alice: bool) -> Protocol[Tensor]:
+    """The share of 1{opened - 2^62 - R ≥ 0} in a window, from `comparison_facts` about R.
+
+    Args:
+        opened: a public word, masked by R.
+        thermometers: the share of R's thermometer words, ``(chunks, *shape)``.
+        m: the share of M.
+        window: as it was given to `comparison_facts`.
+        alice: whether this party is alice.
+
+    Leakage: none; the byte is opened under M's mask bits, so M serves one comparison.
+    Cost: one round of one byte an element; none for one chunk.
+    """
+    byte, bit = phases.compare(opened, thermometers, m, window.lowest, window.chunks, alice)
+    if window.chunks > 1:
+        (byte,) = yield Open(byte)
+        tables = combiner(window.chunks)
+        bit = phases.resolve(byte, bit, m, tables.coefficients, tables.constant, alice)
+    return bit
 
 
 def truncate(z: Share, scale: int = FRACTION_BITS) -> Protocol[Share]:
@@ -303,7 +321,7 @@ def truncate(z: Share, scale: int = FRACTION_BITS) -> Protocol[Share]:
     Guarantees: v is floor(Z / 2^t) or one more: the error is below one unit in the last place, and there is never a
         wrap error. It is one more with probability (Z mod 2^t) / 2^t over the mask, so v is Z / 2^t on average. Which
         of the two it is depends on the public low bits of Ẑ: a party that sees both Ẑ and the result learns the
-        rounding bit, hence something about Z mod 2^t.
+        rounding bit, hence something about Z mod 2^t. `tacit.mpc.exact.truncate` gives the floor.
     Leakage: none; Ẑ is uniform.
     Cost: one round, 8 bytes an element each way; 8 + t/8 bytes an element dealt, to bob.
     """
@@ -326,14 +344,15 @@ def nonnegative(z: Share, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
 
     Args:
         z: a share of Z, at any scale.
-        chunks: the window's size; magnitudes must be below 2^(6·chunks) units of the window's lowest bit, that is below
-            16,384 for 5 chunks.
+        chunks: the window's size; for 5 chunks, values from -16,384 to 16,384 - 2^-16.
 
     Returns:
         A share of 0 or 1, scale 0.
 
-    Guarantees: exact at 16 fractional bits and below. At a higher scale a negative value closer to zero than 2^-16 may
-        count as non-negative. A magnitude beyond the window gives a wrong bit.
+    Guarantees: exact at 16 fractional bits and below, for -2^top ≤ Z < 2^top (see `Window`). At a higher scale a
+        negative value closer to zero than 2^-16 may count as non-negative, and a value closer to 2^top than that as
+        negative. Beyond the window the bit is wrong, and nobody is told. `tacit.mpc.exact.nonnegative` has no such
+        margins.
     Leakage: none.
     Cost: 3 rounds; 9 bytes and 1 bit an element each way; 64 bytes an element dealt, to bob, for 5 chunks.
     """
@@ -356,7 +375,8 @@ def relu(z: Share, scale: int = FRACTION_BITS, chunks: int = MAX_CHUNKS) -> Prot
     Returns:
         A share at ``scale``.
 
-    Guarantees: the result is within one unit in the last place of max(Z, 0) / 2^t, for magnitudes inside the window.
+    Guarantees: the result is within one unit in the last place of max(Z, 0) / 2^t for -2^top ≤ Z ≤ 2^top - 2^lowest
+        (see `Window`). Beyond it, a positive value may give 0 and a negative one itself.
     Leakage: none.
     Cost: 3 rounds; 9 bytes and 1 bit an element each way; 76 bytes an element dealt, to bob, for 5 chunks and t = 16.
     """
@@ -380,7 +400,8 @@ def maximum(x: Share, y: Share, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
 
     Cost: 3 rounds; 9 bytes and 1 bit an element each way; 64 bytes an element dealt, to bob, for 5 chunks.
     """
-    difference = x - y
+    scale = max(x.scale, y.scale)
+    difference = x.with_words(x.raised(scale).words - y.raised(scale).words, scale)
     opening = yield from masked_opening(difference, 0, comparison_window(difference.scale, chunks), select=True)
     bit = yield from opening.nonnegative()
     gain: Share = yield from opening.times(bit)

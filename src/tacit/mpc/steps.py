@@ -18,9 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
+
+from tacit.errors import InputError
 
 if TYPE_CHECKING:
     from tacit.mpc.correlation import Correlation
@@ -100,11 +103,15 @@ def dataflow(tasks: Sequence[Task], keep: Sequence[str]) -> Protocol[dict[str, A
     """
     results: dict[str, Any] = {}
     uses = dict.fromkeys(keep, 1)
-    for task in tasks:
+    users: dict[str, list[int]] = {}
+    for position, task in enumerate(tasks):
         for name in task.needs:
             uses[name] = uses.get(name, 0) + 1
-    waiting = list(tasks)
-    running: list[tuple[Task, Protocol[Any], Open]] = []
+            users.setdefault(name, []).append(position)
+    missing = [len(task.needs) for task in tasks]
+    # A heap of positions: those that are ready start in the order of the list, at both parties.
+    ready = [position for position, task in enumerate(tasks) if not task.needs]
+    running: list[_Running] = []
 
     def finish(task: Task, result: Any) -> None:
         if task.name in uses:
@@ -113,49 +120,69 @@ def dataflow(tasks: Sequence[Task], keep: Sequence[str]) -> Protocol[dict[str, A
             uses[name] -= 1
             if not uses[name]:
                 del results[name]
+        for position in users.get(task.name, ()):
+            missing[position] -= 1
+            if not missing[position]:
+                heappush(ready, position)
 
-    def advance(task: Task, protocol: Protocol[Any], answer: Any) -> Protocol[Open | None]:
-        yield Enter(task.name)
+    def advance(run: _Running, answer: Any) -> Protocol[None]:
+        """Go on to the next opening, or finish."""
         while True:
             try:
-                step = protocol.send(answer)
+                step = run.protocol.send(answer)
             except StopIteration as stop:
-                finish(task, stop.value)
-                return None
+                finish(run.task, stop.value)
+                return
             if isinstance(step, Open):
-                return step
+                run.opening = step
+                running.append(run)
+                return
             if isinstance(step, Enter):
-                step = Enter(f"{task.name}/{step.label}")
+                step = Enter(f"{run.task.name}/{step.label}")
             answer = yield step
 
-    while waiting or running:
-        blocked: list[Task] = []
-        for task in waiting:
-            if any(name not in results for name in task.needs):
-                blocked.append(task)
-                continue
-            outcome = task.start(*(results[name] for name in task.needs))
-            if not isinstance(outcome, Generator):
+    while ready or running:
+        while ready:
+            task = tasks[heappop(ready)]
+            enter = Enter(task.name)
+            yield enter
+            outcome = task.start(*[results[name] for name in task.needs])
+            if isinstance(outcome, Generator):
+                yield from advance(_Running(task, outcome, enter), None)
+            else:
                 finish(task, outcome)
-                continue
-            opening = yield from advance(task, outcome, None)
-            if opening is not None:
-                running.append((task, outcome, opening))
-        waiting = blocked
-        if not running:
-            continue
-        values = tuple(value for _, _, opening in running for value in opening.values)
-        labels = tuple(
-            f"{task.name}/{label}" if label else task.name for task, _, opening in running for label in opening.labels
-        )
-        answers = iter((yield Open(*values, labels=labels)))
-        resumed, running = running, []
-        for task, protocol, opening in resumed:
-            answer = tuple(next(answers) for _ in opening.values)
-            following = yield from advance(task, protocol, answer)
-            if following is not None:
-                running.append((task, protocol, following))
+        if running:
+            answers = yield _merged(running)
+            resumed, start = running.copy(), 0
+            running.clear()
+            for run in resumed:
+                end = start + len(run.opening.values)
+                yield run.enter
+                yield from advance(run, answers[start:end])
+                start = end
+    blocked = next((task for task, count in zip(tasks, missing, strict=True) if count), None)
+    if blocked:
+        raise InputError(f"task {blocked.name} needs {blocked.needs}, which no task before it gives")
     return {name: results[name] for name in keep}
+
+
+class _Running:
+    """A task that has started, and the opening at which it waits."""
+
+    __slots__ = ("enter", "opening", "protocol", "task")
+    opening: Open
+
+    def __init__(self, task: Task, protocol: Protocol[Any], enter: Enter) -> None:
+        self.task, self.protocol, self.enter = task, protocol, enter
+
+
+def _merged(running: Sequence[_Running]) -> Open:
+    """The openings of all of them as one."""
+    values = tuple(value for run in running for value in run.opening.values)
+    labels = tuple(
+        f"{run.task.name}/{label}" if label else run.task.name for run in running for label in run.opening.labels
+    )
+    return Open(*values, labels=labels)
 
 
 def together(*protocols: Protocol[T]) -> Protocol[list[T]]:

@@ -45,28 +45,28 @@ def low_byte_after_shift(words: Tensor, counts: Tensor) -> Tensor:
     if words.is_meta:
         return torch.empty_like(words, dtype=torch.uint8)
     shifted = _unsigned(words) >> _unsigned(counts)
-    return torch.from_numpy(shifted.astype(np.uint8))
+    return torch.from_numpy(np.asarray(shifted.astype(np.uint8)))
 
 
 def thermometer(levels: Tensor) -> Tensor:
     """Words whose bits 0 to ``level`` are one and whose other bits are zero, for levels in [0, 63]."""
     if levels.is_meta:
         return torch.empty_like(levels)
-    return torch.from_numpy(~np.left_shift(np.int64(-2), levels.numpy()))
+    return torch.from_numpy(np.asarray(~np.left_shift(np.int64(-2), levels.numpy())))
 
 
 def parity(words: Tensor) -> Tensor:
     """The XOR of the 64 bits of each word, as a uint8 0 or 1."""
     if words.is_meta:
         return torch.empty_like(words, dtype=torch.uint8)
-    return torch.from_numpy(np.bitwise_count(_unsigned(words)) & np.uint8(1))
+    return torch.from_numpy(np.asarray(np.bitwise_count(_unsigned(words)) & np.uint8(1)))
 
 
 def lookup(table: Tensor, index: Tensor) -> Tensor:
     """``table[index]`` for a public table of 256 entries or fewer and a uint8 index."""
     if index.is_meta:
         return torch.empty_like(index, dtype=table.dtype)
-    return torch.from_numpy(np.take(table.numpy(), index.numpy()))
+    return torch.from_numpy(np.asarray(np.take(table.numpy(), index.numpy())))
 
 
 def _unsigned(words: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -91,6 +92,9 @@ class Prg:
             zeros = _CHUNK if size == len(_CHUNK) else _CHUNK[:size]
             self._stream.update_into(zeros, view[start : start + size + _BLOCK])
         return out[:count]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise InputError("a generator cannot be copied: its stream would be drawn twice; derive another one from it")
 
     def __repr__(self) -> str:
         return "Prg(seed hidden)"
