@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import core_aten_decompositions
 
 from tacit.errors import InputError, RangeError, UnsupportedOperator
 from tacit.mpc.correlation import Party, Provider
@@ -29,7 +30,11 @@ from tacit.program.lowering import LOWERINGS, Context
 from tacit.ring.fixed_point import FRACTION_BITS, encode
 from tacit.ring.prg import Prg
 
-_COMPARISONS = ("ge", "gt", "le", "lt")
+_TRUTHS = (
+    *("ge", "gt", "le", "lt", "eq", "ne", "any", "all"),
+    *(f"{kind}_{name}" for kind in ("logical", "bitwise") for name in ("not", "and", "or", "xor")),
+)
+"""Operators whose results are true or false."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class PrivateTensor(Tensor):
     ) -> Any:
         """Run one ATen operator on shares."""
         name, given = str(func), (list(args), dict(kwargs or {}))
+        if name not in LOWERINGS and func in core_aten_decompositions():
+            return core_aten_decompositions()[func](*args, **(kwargs or {}))
         if name not in LOWERINGS:
             raise UnsupportedOperator(f"{name} at {_caller()}: has no encrypted form")
         private = list(_private(given))
@@ -161,7 +168,7 @@ class PrivateTensor(Tensor):
             shares = trio.run(_apply(name, *_of_party(given, 0)), _apply(name, *_of_party(given, 1)))
         except UnsupportedOperator as error:
             raise UnsupportedOperator(f"{name} at {_caller()}: {error}") from None
-        if name.split(".")[1] in _COMPARISONS:
+        if name.split(".")[1] in _TRUTHS:
             return _wrap(shares, trio, Precision(0), torch.bool)
         return _wrap(shares, trio, digits, torch.float32)
 

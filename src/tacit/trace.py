@@ -1,6 +1,7 @@
 """A PyTorch model as a graph of ATen operators: plain data that a party can check before it runs anything.
 
-`trace` exports a model with `torch.export`, decomposed to core ATen operators, and copies what matters into a `Graph`.
+`trace` exports a model with `torch.export`, decomposed to core ATen operators, and copies what matters into a `Graph`;
+`trace_function` does the same for a function of tensors, gradients that `torch.func` takes inside it included.
 A graph holds names, numbers and references and no code, so a computing party that receives one executes nothing but the
 operators it knows.
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tacit.errors import InputError
 
@@ -35,7 +38,7 @@ class Node:
 
     Args:
         name: unique in its graph.
-        operator: as ATen writes it (``aten.relu.default``), or ``getitem``.
+        operator: as ATen writes it (``aten.relu.default``), ``getitem``, or an operator of tacit's own (``tacit.…``).
         args: numbers, strings, None, `Ref`, and lists of these.
         kwargs: likewise, by name.
         shape: of its result; empty where the result is not one tensor.
@@ -96,10 +99,30 @@ def substitute(value: Any, replace: Callable[[str], Any]) -> Any:
     return value
 
 
+RELU_MAX_POOL = "tacit.max_pool2d_relu"
+"""``relu(max_pool2d(x, ...))``."""
+CONSTANT = "tacit.constant"
+"""A public tensor, from nested lists of numbers and a shape to expand them to."""
+TRUTH = "tacit.truth"
+"""A private tensor of zeros and ones as truth values."""
+
+
+def _constant(values: Any, shape: list[int] | None = None) -> Tensor:
+    return torch.tensor(values) if shape is None else torch.tensor(values).expand(shape)
+
+
+_OWN: dict[str, Callable[..., Any]] = {
+    "getitem": lambda values, index: values[index],
+    RELU_MAX_POOL: lambda x, *geometry: torch.relu(torch.max_pool2d(x, *geometry)),
+    CONSTANT: _constant,
+    TRUTH: lambda x: x.bool(),
+}
+
+
 def operator_of(name: str) -> Callable[..., Any]:
-    """The torch operator that a node's operator name stands for."""
-    if name == "getitem":
-        return lambda values, index: values[index]
+    """The function in the clear that a node's operator name stands for: torch's own, or one of tacit's."""
+    if name in _OWN:
+        return _OWN[name]
     _, packet, overload = name.split(".")
     operator: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
     return operator
@@ -142,6 +165,53 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Graph, dict[st
     used = set(outputs).union(*(node.refs for node in nodes))
     state = {name: value for name, value in values.items() if name in used}
     return Graph(tuple(inputs), tuple(state), nodes, outputs), state
+
+
+def trace_function(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Graph:
+    """Trace a function of tensors to the ATen operators that it comes down to.
+
+    Args:
+        function: takes tensors and returns a sequence of them; ``torch.func.grad`` may be used inside.
+        examples: inputs of the shapes and dtypes to trace for; their values do not matter.
+
+    Returns:
+        A graph without state. Tensors that the function creates or closes over are `CONSTANT` nodes: they are public.
+
+    Raises:
+        InputError: the function cannot be traced, for example because its control flow depends on data.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            traced = make_fx(
+                torch.func.functionalize(function),
+                _DECOMPOSITIONS,
+                "fake",
+                _allow_non_fake_inputs=True,
+                record_stack_traces=True,
+            )
+            module = traced(*(torch.empty_like(example) for example in examples))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"the function cannot be traced: {reason}") from error
+    module.graph.eliminate_dead_code()
+    nodes = []
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(module, node.target)
+            nodes.append(Node(node.name, CONSTANT, (value.tolist(),), {}, tuple(value.shape)))
+        elif node.op == "call_function":
+            nodes.append(_node(node))
+    inputs = tuple(node.name for node in module.graph.nodes if node.op == "placeholder")
+    outputs = tuple(references(_plain(module.graph.output_node().args)))
+    return Graph(inputs, (), tuple(nodes), outputs)
+
+
+_aten = torch.ops.aten
+_DECOMPOSITIONS: Any = get_decompositions(
+    [_aten.mse_loss, _aten.mse_loss_backward, _aten.tanh_backward, _aten.sigmoid_backward, _aten.addcmul, _aten.addcdiv]
+)
+"""Operators whose definition in terms of products and sums is what would be run anyway."""
 
 
 def _node(node: fx.Node) -> Node:
