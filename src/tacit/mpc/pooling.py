@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tacit.errors import InputError
+from tacit.mpc.all_pairs import largest
 from tacit.mpc.linear import times_number
 from tacit.mpc.shares import Share
 from tacit.mpc.sign import MAX_CHUNKS, maximum
@@ -92,9 +93,7 @@ def max_pool(x: Share, windows: Windows, chunks: int = MAX_CHUNKS) -> Protocol[S
     Leakage: none.
     Cost: 3·ceil(log2 w) rounds and w - 1 comparisons (see `tacit.mpc.sign.maximum`) a window of w elements.
     """
-    # A public constant is alice's alone: her padding holds it, bob's holds zeros.
-    filler = -(1 << (_PADDING_BITS - FRACTION_BITS + x.scale)) if x.holder is Role.ALICE else 0
-    candidates = [x.with_words(view) for view in windows.elements(x.words, filler)]
+    candidates = [x.with_words(view) for view in windows.elements(x.words, _filler(x))]
     while len(candidates) > 1:
         half, odd = divmod(len(candidates), 2)
         left = torch.stack([c.words for c in candidates[:half]])
@@ -102,6 +101,29 @@ def max_pool(x: Share, windows: Windows, chunks: int = MAX_CHUNKS) -> Protocol[S
         winners = yield from maximum(x.with_words(left), x.with_words(right), chunks)
         candidates = [x.with_words(words) for words in winners.words.unbind()] + candidates[len(candidates) - odd :]
     return candidates[0]
+
+
+def max_pool_at_once(x: Share, windows: Windows, rectify: bool, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
+    """The largest element of every window of at most 4, by comparing all pairs; see `tacit.mpc.all_pairs.largest`.
+
+    Args:
+        x: a share of shape ``(..., *sizes)`` at any scale.
+        windows: the geometry; padding as in `max_pool`.
+        rectify: whether to take max(0, ·) of it, truncated to 16 fractional bits on the way.
+        chunks: the comparison window's size.
+
+    Returns:
+        A share of shape ``(..., *windows.outputs(sizes))``.
+
+    Cost: 4 rounds.
+    """
+    values = x.with_words(torch.stack(windows.elements(x.words, _filler(x))))
+    return (yield from largest(values, rectify, FRACTION_BITS if rectify else None, chunks))
+
+
+def _filler(x: Share) -> int:
+    """What padding holds: a public constant is alice's alone, bob's padding is zeros."""
+    return -(1 << (_PADDING_BITS - FRACTION_BITS + x.scale)) if x.holder is Role.ALICE else 0
 
 
 def average_pool(x: Share, windows: Windows, divisor: int | None = None) -> Share:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from tacit.mpc.lockstep import LayerCount, Meter, plan
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol, Role, Task, dataflow
 from tacit.program.lowering import FACTOR_POSITIONS, LOWERINGS, Context
+from tacit.program.network import SECONDS_PER_DEALT_BYTE, SECONDS_PER_PRODUCT, Network
 from tacit.ring.fixed_point import FRACTION_BITS
-from tacit.trace import Graph, Node, Ref, substitute
+from tacit.trace import Graph, Node, Ref, references
 
 
 def check(graph: Graph) -> None:
@@ -58,8 +60,78 @@ def load(graph: Graph, state: Mapping[str, Share], first_number: int) -> Protoco
     return {**state, **loaded}
 
 
+@dataclass(frozen=True)
+class Operation:
+    """A node made ready to run, any number of times.
+
+    Args:
+        node: what it is.
+        needs: names of the results and inputs it takes.
+        owned: names of the state tensors it takes.
+        lowering: its protocol.
+        args: gives the lowering's arguments, given all these values by name.
+        kwargs: likewise.
+    """
+
+    node: Node
+    needs: tuple[str, ...]
+    owned: tuple[str, ...]
+    lowering: Callable[..., Any]
+    args: Callable[[Mapping[str, Any]], Any]
+    kwargs: Callable[[Mapping[str, Any]], Any]
+
+    def task(self, state: Mapping[str, Share | Weight], context: Context) -> Task:
+        """The operation on this party's state; an error of its lowering names the operator and the model's line."""
+        held = {name: state[name] for name in self.owned}
+
+        def start(*results: Any) -> Any:
+            values = dict(zip(self.needs, results, strict=True), **held)
+            try:
+                result = self.lowering(context, *self.args(values), **self.kwargs(values))
+            except InputError as error:
+                raise _blamed(self.node, error) from None
+            return self._guarded(result) if isinstance(result, Generator) else result
+
+        return Task(self.node.name, self.needs, start)
+
+    def _guarded(self, protocol: Protocol[Any]) -> Protocol[Any]:
+        try:
+            return (yield from protocol)
+        except InputError as error:
+            raise _blamed(self.node, error) from None
+
+
+def operations(graph: Graph) -> tuple[Operation, ...]:
+    """Make a graph ready to run: a small network's run takes no longer than looking through its arguments does."""
+    ready = []
+    for node in graph.nodes:
+        names = dict.fromkeys(node.refs)
+        needs = tuple(name for name in names if name not in graph.state)
+        owned = tuple(name for name in names if name in graph.state)
+        lowering = LOWERINGS[node.operator]
+        ready.append(Operation(node, needs, owned, lowering, _binder(node.args), _binder(node.kwargs)))
+    return tuple(ready)
+
+
+def _binder(value: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """`substitute` in this structure, worked out ahead as far as it can be without the values."""
+    if isinstance(value, Ref):
+        return itemgetter(value.name)
+    if not any(True for _ in references(value)):
+        return lambda values: value
+    if isinstance(value, Mapping):
+        named = {key: _binder(item) for key, item in value.items()}
+        return lambda values: {key: item(values) for key, item in named.items()}
+    kind, items = type(value), [_binder(item) for item in value]
+    return lambda values: kind([item(values) for item in items])
+
+
 def execute(
-    graph: Graph, state: Mapping[str, Share | Weight], inputs: Sequence[Share], context: Context
+    graph: Graph,
+    state: Mapping[str, Share | Weight],
+    inputs: Sequence[Share],
+    context: Context,
+    ready: Sequence[Operation] = (),
 ) -> Protocol[tuple[Share, ...]]:
     """Run the graph on shares, independent operators side by side.
 
@@ -68,33 +140,38 @@ def execute(
         state: what `load` returned.
         inputs: this party's shares of the inputs.
         context: the engine's settings.
+        ready: what `operations` made of the graph, if that was done before.
 
     Returns:
         This party's shares of the outputs, each at a scale of its own.
     """
-    tasks = [Task(name, (), lambda value=value: value) for name, value in zip(graph.inputs, inputs, strict=True)] + [
-        _task(node, graph, state, context) for node in graph.nodes
-    ]
-    results = yield from dataflow(tasks, graph.outputs)
+    results = yield from evaluate(graph, state, inputs, context, graph.outputs, ready)
     return tuple(results[name] for name in graph.outputs)
 
 
-def _task(node: Node, graph: Graph, state: Mapping[str, Share | Weight], context: Context) -> Task:
-    needs = tuple(name for name in dict.fromkeys(node.refs) if name not in graph.state)
+def evaluate(
+    graph: Graph,
+    state: Mapping[str, Share | Weight],
+    inputs: Sequence[Share],
+    context: Context,
+    names: Sequence[str],
+    ready: Sequence[Operation] = (),
+) -> Protocol[dict[str, Any]]:
+    """Like `execute`, returning the results of the nodes of these names."""
+    given = [Task(name, (), lambda value=value: value) for name, value in zip(graph.inputs, inputs, strict=True)]
+    nodes = (operation.task(state, context) for operation in ready or operations(graph))
+    results = yield from dataflow([*given, *nodes], [name for name in names if name not in graph.state])
+    return results | {name: state_share(state[name]) for name in names if name in graph.state}
 
-    def start(*results: Any) -> Any:
-        known = dict(zip(needs, results, strict=True))
 
-        def value(name: str) -> Any:
-            return known[name] if name in known else state[name]
+def state_share(value: Share | Weight) -> Share:
+    """A state tensor's share, whether it is loaded as a weight or not."""
+    return value.share if isinstance(value, Weight) else value
 
-        args, kwargs = substitute(node.args, value), substitute(node.kwargs, value)
-        try:
-            return LOWERINGS[node.operator](context, *args, **kwargs)
-        except UnsupportedOperator as error:
-            raise UnsupportedOperator(_described(node, str(error))) from None
 
-    return Task(node.name, needs, start)
+def _blamed(node: Node, error: InputError) -> InputError:
+    """The error of a lowering, naming the operator and the line of the model."""
+    return type(error)(_described(node, str(error)))
 
 
 def _described(node: Node, reason: str) -> str:
@@ -111,6 +188,7 @@ class LayerCost:
         rounds: messages each way in which it takes part.
         bytes_online: bytes that each party sends to the other.
         bytes_dealt: bytes that the provider sends ahead of time.
+        multiplications: words that each party multiplies in products.
         seconds: computing time of both parties together, where it was measured.
     """
 
@@ -120,7 +198,12 @@ class LayerCost:
     rounds: int
     bytes_online: int
     bytes_dealt: int
+    multiplications: int
     seconds: float = field(default=0.0, compare=False)
+
+    def estimate(self, network: Network) -> float:
+        """Seconds that it will take on this network, when nothing else shares its rounds."""
+        return network.seconds(self.rounds, self.bytes_online) + _computing(self.multiplications, self.bytes_dealt)
 
 
 @dataclass(frozen=True)
@@ -142,6 +225,11 @@ class Cost:
     layers: tuple[LayerCost, ...]
     correlations: tuple[Correlation, ...]
 
+    def estimate(self, network: Network) -> float:
+        """Seconds that a run will take online on this network."""
+        computing = sum(_computing(layer.multiplications, layer.bytes_dealt) for layer in self.layers)
+        return network.seconds(self.rounds, self.bytes_online) + computing
+
     def __str__(self) -> str:
         lines = [f"{'operator':<44}{'rounds':>8}{'online B':>14}{'dealt B':>14}"]
         rows = [(f"{c.layer or c.name} ({c.operator})", c.rounds, c.bytes_online, c.bytes_dealt) for c in self.layers]
@@ -150,13 +238,17 @@ class Cost:
         return "\n".join(lines)
 
 
+def _computing(multiplications: int, bytes_dealt: int) -> float:
+    return SECONDS_PER_PRODUCT * multiplications + SECONDS_PER_DEALT_BYTE * bytes_dealt
+
+
 def cost_of(graph: Graph, meter: Meter) -> Cost:
     """What a meter counted, operator by operator."""
     layers = []
     for node in graph.nodes:
         count = meter.layers.get(node.name, LayerCount())
         if count.rounds or count.bytes_dealt:
-            costs = (count.rounds, count.bytes_online, count.bytes_dealt, count.seconds)
+            costs = (count.rounds, count.bytes_online, count.bytes_dealt, count.multiplications, count.seconds)
             layers.append(LayerCost(node.name, node.layer, node.operator, *costs))
     return Cost(meter.rounds, meter.bytes_online, meter.bytes_dealt, tuple(layers), tuple(meter.correlations))
 
