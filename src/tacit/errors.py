@@ -7,7 +7,9 @@
     │   ├── DataError          a data file is missing, truncated, corrupt or not the expected one
     │   ├── RangeError         a number does not fit the fixed-point range, or is not finite
     │   └── UnsupportedOperator   a model uses an operator that has no encrypted form
-    └── CorrelationError       correlated randomness would be used twice, or out of order
+    ├── CorrelationError       correlated randomness would be used twice, or out of order
+    └── PeerError              another party's process died, went silent or did not keep to the protocol
+        └── CodecError         bytes from elsewhere do not parse
 
 A message names the thing at fault, its value where that is public, what was expected and what to do. It never holds a
 secret value: shares, masks, seeds, weights and inputs stay out of it.
@@ -36,3 +38,11 @@ class UnsupportedOperator(InputError):
 
 class CorrelationError(TacitError):
     """Correlated randomness was asked for twice, or in another order than it was dealt."""
+
+
+class PeerError(TacitError):
+    """Another party's process died, went silent, reported a failure or did not keep to the protocol."""
+
+
+class CodecError(PeerError):
+    """Bytes that came from elsewhere are not what the format allows."""

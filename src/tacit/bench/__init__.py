@@ -1,0 +1,1 @@
+"""The figures that the README states, reproduced on the machine at hand."""

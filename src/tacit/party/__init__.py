@@ -1,0 +1,1 @@
+"""The processes alice, bob and provider: the protocols of `tacit.mpc` over sockets."""

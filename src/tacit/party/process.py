@@ -1,0 +1,287 @@
+"""What runs in the process of alice, bob or the provider: joining the others, and answering calls until told to stop.
+
+Links: the launcher calls all three; bob connects to alice, for openings; the provider connects to both, sends each of
+them a seed that it drew, and later sends bob his corrections. A process whose launcher or peer is gone ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from tacit.errors import InputError, PeerError, TacitError
+from tacit.mpc.correlation import Correlation, Party, Provider
+from tacit.mpc.linear import Weight
+from tacit.mpc.lockstep import Meter
+from tacit.mpc.shares import Share
+from tacit.mpc.steps import Role
+from tacit.party.calls import (
+    Answer,
+    Call,
+    Deal,
+    Done,
+    Failure,
+    Install,
+    Join,
+    Load,
+    Planned,
+    Ran,
+    Run,
+    Usage,
+    Used,
+    decode_call,
+    encode,
+)
+from tacit.party.driver import Pool, Watch, drive
+from tacit.party.programs import Program, decode_program
+from tacit.party.transport import TOKEN_BYTES, Link, accept, connect, listen
+from tacit.program.run import Cost, execute, load
+from tacit.ring.prg import SEED_BYTES, Prg
+from tacit.wire import Frame, Item, Kind
+
+LAUNCHER, ALICE, BOB, PROVIDER = "the launcher", "alice", "bob", "provider"
+NAMES = (ALICE, BOB, PROVIDER)
+_LAUNCHING_S = 60.0
+
+
+class _Process(ABC):
+    """What the three have in common: the installed program and its plan.
+
+    Args:
+        name: which of the three.
+        token: see `tacit.party.transport.connect`.
+        listener: where the others connect.
+    """
+
+    def __init__(self, name: str, token: bytes, listener: socket.socket) -> None:
+        self.name, self.token, self.listener = name, token, listener
+        self._installed: tuple[Program, Cost] | None = None
+
+    def handle(self, call: Call, frame: Frame) -> tuple[Answer, Sequence[Share]]:
+        """Carry out a call; the answer, and shares to go with it."""
+        match call:
+            case Join(ports):
+                return self._timed(lambda: self.join(ports)), ()
+            case Install(data):
+                program = decode_program(data)
+                cost = program.cost()
+                self._installed = program, cost
+                return Planned(cost.rounds, cost.bytes_online, cost.bytes_dealt), ()
+            case Load():
+                return self._timed(lambda: self.load(call, frame)), ()
+            case Deal():
+                return self._timed(lambda: self.deal(self.cost.correlations)), ()
+            case Run():
+                return self.run(call, frame)
+            case Usage():
+                return Used(peak_rss_mb()), ()
+
+    @property
+    def program(self) -> Program:
+        """The installed program."""
+        return self._required()[0]
+
+    @property
+    def cost(self) -> Cost:
+        """Its plan."""
+        return self._required()[1]
+
+    def _required(self) -> tuple[Program, Cost]:
+        if self._installed is None:
+            raise InputError(f"{self.name} has no program: install one first")
+        return self._installed
+
+    def _timed(self, work: Callable[[], int]) -> Done:
+        wall, cpu = time.perf_counter(), time.process_time()
+        nbytes = work()
+        return Done(time.perf_counter() - wall, time.process_time() - cpu, nbytes)
+
+    @abstractmethod
+    def join(self, ports: dict[str, int]) -> int:
+        """Connect to the others."""
+
+    @abstractmethod
+    def load(self, call: Load, frame: Frame) -> int:
+        """Load the weights; bytes sent for it."""
+
+    @abstractmethod
+    def deal(self, correlations: Iterable[Correlation]) -> int:
+        """Deal, or receive, these; bytes sent for it."""
+
+    @abstractmethod
+    def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
+        """Run the program on input shares."""
+
+
+class _ProviderProcess(_Process):
+    """The crypto provider: it is sent programs and shapes, and no share of anything."""
+
+    def join(self, ports: dict[str, int]) -> int:
+        seeds = {name: Prg.fresh().bytes(SEED_BYTES) for name in (ALICE, BOB)}
+        links = {name: connect(ports[name], PROVIDER, name, self.token) for name in (ALICE, BOB)}
+        for name, link in links.items():
+            link.send(Kind.SEED, body=seeds[name])
+        # alice is sent nothing but her seed; the connection stays open as long as this process lives.
+        self._alice, self._bob = links[ALICE], links[BOB]
+        self._provider = Provider(Prg(seeds[ALICE]), Prg(seeds[BOB]), Prg.fresh())
+        return 0
+
+    def load(self, call: Load, frame: Frame) -> int:
+        return self.deal(self.program.load_correlations())
+
+    def deal(self, correlations: Iterable[Correlation]) -> int:
+        before = self._bob.bytes_corrections
+        for correlation in correlations:
+            _, corrections = self._provider.deal(correlation)
+            if corrections:
+                self._bob.send(Kind.CORRECTIONS, [corrections[name] for name in _dealt_fields(correlation)])
+        return self._bob.bytes_corrections - before
+
+    def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
+        raise InputError("the provider takes no part in a run")
+
+
+class _PartyProcess(_Process):
+    """alice or bob."""
+
+    def join(self, ports: dict[str, int]) -> int:
+        if self.name == ALICE:
+            links = [accept(self.listener, ALICE, {BOB, PROVIDER}, self.token) for _ in range(2)]
+        else:
+            links = [
+                connect(ports[ALICE], BOB, ALICE, self.token),
+                accept(self.listener, BOB, {PROVIDER}, self.token),
+            ]
+        by_name = {link.peer: link for link in links}
+        if len(by_name) < len(links):
+            raise PeerError(f"{links[0].peer} connected twice: it was refused")
+        self._provider = by_name.pop(PROVIDER)
+        (self._peer,) = by_name.values()
+        self._role = Role(self.name)
+        self._party = Party(self._role, Prg(self._provider.receive(Kind.SEED, limit=0).body))
+        self._pool, self._number = Pool(), 0
+        return 0
+
+    def load(self, call: Load, frame: Frame) -> int:
+        program = self.program
+        state = {name: self._share(words, scale) for name, words, scale in _zipped(call, frame)}
+        if {name: tuple(value.shape) for name, value in state.items()} != program.state:
+            raise InputError("the state to load does not have the names and shapes of the installed program's")
+        self.deal(program.load_correlations())
+        loaded = drive(load(program.graph, state, program.first_number), self._pool, self._peer, Meter())
+        self._party.weights |= {value.number: value for value in loaded.values() if isinstance(value, Weight)}
+        self._state = loaded
+        return 0
+
+    def deal(self, correlations: Iterable[Correlation]) -> int:
+        for correlation in correlations:
+            fields = correlation.fields
+            names = _dealt_fields(correlation) if self._role is Role.BOB else []
+            items = [Item(fields[name].dtype, fields[name].shape) for name in names]
+            tensors = self._provider.receive_tensors(Kind.CORRECTIONS, items) if items else ()
+            corrections = dict(zip(names, tensors, strict=True))
+            self._pool.put(correlation, self._party.receive(self._number, correlation, corrections))
+            self._number += 1
+        return 0
+
+    def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
+        program, link = self.program, self._peer
+        if tuple(tuple(words.shape) for words in frame.tensors) != program.inputs:
+            raise InputError("the inputs do not have the shapes of the installed program's")
+        inputs = [self._share(words, scale) for words, scale in zip(frame.tensors, call.scales, strict=True)]
+        meter = Watch(time.perf_counter if call.by_layer else None)
+        waited, moved, opened = link.waited_s, link.moved_s, link.bytes_opened
+        began = time.perf_counter()
+        outputs = drive(execute(program.graph, self._state, inputs, program.context, program.ready), self._pool, link, meter)
+        ran = Ran(
+            [output.scale for output in outputs],
+            meter.rounds,
+            link.bytes_opened - opened,
+            time.perf_counter() - began,
+            link.waited_s - waited,
+            link.moved_s - moved,
+            {name: count.seconds for name, count in meter.layers.items()} if call.by_layer else {},
+        )
+        return ran, outputs
+
+    def _share(self, words: torch.Tensor, scale: int) -> Share:
+        if words.dtype != torch.int64:
+            raise InputError(f"a share has dtype {words.dtype}: shares are int64")
+        return Share(words, scale, self._role)
+
+
+def _zipped(call: Load, frame: Frame) -> list[tuple[str, torch.Tensor, int]]:
+    if not len(call.names) == len(call.scales) == len(frame.tensors):
+        raise InputError("a model is loaded with one name and one scale for each tensor")
+    return list(zip(call.names, frame.tensors, call.scales, strict=True))
+
+
+def _dealt_fields(correlation: Correlation) -> list[str]:
+    return [name for name, item in correlation.fields.items() if item.dealt]
+
+
+def peak_rss_mb() -> float:
+    """The largest resident memory of this process so far, in MB of 10^6 bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def serve(name: str, token: bytes, announce: Callable[[int], None]) -> None:
+    """Be alice, bob or the provider until the launcher closes its connection or a call fails.
+
+    Args:
+        name: which of the three.
+        token: 16 secret bytes that the processes of one session share.
+        announce: called with the port on which this process listens.
+
+    Raises:
+        InputError: the token has another length.
+        PeerError: the launcher did not connect.
+    """
+    if len(token) != TOKEN_BYTES:
+        raise InputError(
+            f"the session's token is {len(token)} bytes, not {TOKEN_BYTES}: was this process started by hand?"
+        )
+    torch.set_num_threads(1)
+    with listen() as listener, torch.inference_mode():
+        announce(listener.getsockname()[1])
+        process = (_ProviderProcess if name == PROVIDER else _PartyProcess)(name, token, listener)
+        launcher = accept(listener, name, {LAUNCHER}, token, patience=_LAUNCHING_S)
+        launcher.patience = None
+        # Whatever comes out of `launcher` itself means that it is gone, and nobody is left to report to.
+        with contextlib.suppress(PeerError):
+            while _answered(process, launcher):
+                pass
+
+
+def _answered(process: _Process, launcher: Link) -> bool:
+    """Answer one call; whether the process is fit to answer another."""
+    frame = launcher.receive(Kind.CALL)
+    try:
+        answer, shares = process.handle(decode_call(frame.body), frame)
+    except Exception as error:
+        launcher.send(Kind.ERROR, body=encode(_failure(error)))
+        if isinstance(error, TacitError):
+            return False
+        raise
+    launcher.send(Kind.REPLY, [share.words for share in shares], encode(answer))
+    return True
+
+
+def _failure(error: Exception) -> Failure:
+    """What may be said of an error: tacit's own messages hold no secrets, others might."""
+    if isinstance(error, TacitError):
+        return Failure(" ".join(str(error).split()), isinstance(error, PeerError))
+    return Failure(f"{type(error).__name__} in its own code, see its traceback")

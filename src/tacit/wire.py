@@ -1,0 +1,301 @@
+"""Frames: the only bytes that cross between processes.
+
+::
+
+    magic "tact" | version u8 | kind u8 | header length u32 | payload length u64 | header | payload
+
+All integers are little-endian. The *header* is msgpack: the frame's number on its link and direction, then dtype and
+shape of each tensor, then a body of opaque bytes. The *payload* is the tensors' elements, one tensor after another
+without padding: integers raw, bits eight to a byte, lowest first, with zeros in the last byte's unused bits.
+
+A header has one encoding and no other is accepted, so a receiver that knows which tensors must come compares it with
+the one it expects and parses nothing. An unknown version, kind or dtype, a size beyond the limit, a number out of
+order, and a byte too few or too many raise `CodecError`. Nothing here touches a socket; `tacit.party.transport` does.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from tacit.errors import CodecError, InputError
+
+MAGIC = b"tact"
+VERSION = 1
+MAX_HEADER_BYTES = 1 << 24
+MAX_PAYLOAD_BYTES = 1 << 34
+T = TypeVar("T")
+_PREFIX = struct.Struct("<4sBBIQ")
+PREFIX_BYTES = _PREFIX.size
+
+
+class Kind(IntEnum):
+    """What a frame is for."""
+
+    HELLO = 1
+    SEED = 2
+    CALL = 3
+    REPLY = 4
+    ERROR = 5
+    OPEN = 6
+    CORRECTIONS = 7
+
+
+_DTYPES = {
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "bit": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is announced of one tensor.
+
+    Args:
+        dtype: int8 to int64, uint8 or bool.
+        shape: its shape.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the payload."""
+        count = math.prod(self.shape)
+        return -(-count // 8) if self.dtype == torch.bool else count * self.dtype.itemsize
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Frame:
+    """A frame that has arrived.
+
+    Args:
+        kind: what it is for.
+        number: how many frames its sender sent on this link before.
+        body: opaque bytes.
+        tensors: its tensors.
+    """
+
+    kind: Kind
+    number: int
+    body: bytes
+    tensors: tuple[Tensor, ...]
+
+    def __repr__(self) -> str:
+        return f"Frame({self.kind.name}, number {self.number}, {len(self.tensors)} tensors)"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The fixed part: the kind, and how many bytes follow."""
+
+    kind: Kind
+    header_bytes: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class Head:
+    """A parsed header: the frame's number, body, and the tensors to come."""
+
+    number: int
+    body: bytes
+    items: tuple[Item, ...]
+
+
+_Size = Annotated[int, Meta(ge=0, le=1 << 40)]
+
+
+class _Header(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    number: Annotated[int, Meta(ge=0)]
+    items: Annotated[list[tuple[str, Annotated[list[_Size], Meta(max_length=16)]]], Meta(max_length=1 << 16)]
+    body: bytes
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Header)
+
+
+def items_of(tensors: Sequence[Tensor]) -> tuple[Item, ...]:
+    """What a frame announces of these tensors."""
+    return tuple(Item(tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+
+
+def head_bytes(kind: Kind, number: int, items: Sequence[Item], body: bytes = b"") -> bytes:
+    """Prefix and header of a frame.
+
+    Raises:
+        InputError: a tensor's dtype does not travel, or the frame is larger than `MAX_HEADER_BYTES` and
+            `MAX_PAYLOAD_BYTES` allow.
+    """
+    for item in items:
+        if item.dtype not in _CODES:
+            raise InputError(f"a tensor of dtype {item.dtype} does not travel: only integers and bits do")
+    header = _encoder.encode(_Header(number, [(_CODES[item.dtype], list(item.shape)) for item in items], body))
+    payload = sum(item.nbytes for item in items)
+    if len(header) > MAX_HEADER_BYTES or payload > MAX_PAYLOAD_BYTES:
+        raise InputError(f"a frame of {len(header)} + {payload} bytes is too large: send it in parts")
+    return _PREFIX.pack(MAGIC, VERSION, kind, len(header), payload) + header
+
+
+def parse_prefix(data: bytes | bytearray, limit: int = MAX_PAYLOAD_BYTES) -> Prefix:
+    """Read the first `PREFIX_BYTES` of a frame.
+
+    Args:
+        data: those bytes.
+        limit: the largest payload to accept.
+
+    Raises:
+        CodecError: not a frame of this version, an unknown kind, or too large.
+    """
+    if len(data) != PREFIX_BYTES:
+        raise CodecError(f"a frame starts with {PREFIX_BYTES} bytes, not {len(data)}")
+    magic, version, kind, header, payload = _PREFIX.unpack(data)
+    if magic != MAGIC:
+        raise CodecError("these bytes are not a frame: they do not start with its magic")
+    if version != VERSION:
+        raise CodecError(f"the frame is of version {version}; this side speaks version {VERSION}")
+    if kind not in Kind.__members__.values():
+        raise CodecError(f"the frame is of unknown kind {kind}")
+    if header > MAX_HEADER_BYTES or payload > limit:
+        raise CodecError(f"the frame announces {header} + {payload} bytes, over {MAX_HEADER_BYTES} + {limit}")
+    return Prefix(Kind(kind), header, payload)
+
+
+def parse_header(prefix: Prefix, data: bytes | bytearray) -> Head:
+    """Read the header that follows a prefix.
+
+    Raises:
+        CodecError: it does not parse, is not in its one encoding, or its tensors do not fill the payload.
+    """
+    header = parsed(_decoder, data, f"the header of a {prefix.kind.name} frame")
+    for code, _ in header.items:
+        if code not in _DTYPES:
+            raise CodecError(f"a {prefix.kind.name} frame announces a tensor of unknown dtype")
+    items = tuple(Item(_DTYPES[code], tuple(shape)) for code, shape in header.items)
+    if len(data) != prefix.header_bytes or _encoder.encode(header) != data:
+        raise CodecError(f"the header of a {prefix.kind.name} frame is not in its canonical encoding")
+    if any(math.prod(max(size, 1) for size in item.shape) > MAX_PAYLOAD_BYTES for item in items):
+        raise CodecError(f"a {prefix.kind.name} frame announces a tensor whose shape is too large")
+    announced = sum(item.nbytes for item in items)
+    if announced != prefix.payload_bytes:
+        raise CodecError(f"a {prefix.kind.name} frame announces tensors of {announced} bytes in {prefix.payload_bytes}")
+    return Head(header.number, header.body, items)
+
+
+def parsed(decoder: msgspec.msgpack.Decoder[T], data: bytes | bytearray, what: str) -> T:
+    """Decode msgpack from elsewhere.
+
+    Args:
+        decoder: says what to expect.
+        data: the bytes.
+        what: how the error calls them.
+
+    Raises:
+        CodecError: they do not parse.
+    """
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise CodecError(f"{what} does not parse") from None
+
+
+def payload_of(tensors: Sequence[Tensor]) -> list[memoryview]:
+    """The tensors' bytes as they travel; integers are views of the tensors' own memory, bits are packed."""
+    _require_little_endian()
+    return [_bytes_of(tensor) for tensor in tensors if tensor.numel()]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    array = tensor.numpy()
+    if tensor.dtype == torch.bool:
+        return np.packbits(array.reshape(-1), bitorder="little").data
+    return np.ascontiguousarray(array).data.cast("B")
+
+
+class Landing:
+    """Memory for tensors to arrive in: `views` to fill, in order, then `tensors`.
+
+    Args:
+        items: what was announced.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        _require_little_endian()
+        self._items = tuple(items)
+        self.raw = tuple(_blank(item) for item in items)
+        self.views = [_bytes_of(raw) for raw in self.raw if raw.numel()]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that arrived; integers stay where they landed.
+
+        Raises:
+            CodecError: unused bits of a last byte are not zero.
+        """
+        return tuple(unpack(raw, item) for raw, item in zip(self.raw, self._items, strict=True))
+
+
+def _blank(item: Item) -> Tensor:
+    if item.dtype == torch.bool:
+        return torch.empty(item.nbytes, dtype=torch.uint8)
+    return torch.empty(item.shape, dtype=item.dtype)
+
+
+def unpack(raw: Tensor, item: Item) -> Tensor:
+    """The tensor whose payload is ``raw``, which for bits is a packed uint8 vector and else the tensor itself.
+
+    Raises:
+        CodecError: unused bits of the last byte are not zero.
+    """
+    if item.dtype != torch.bool:
+        return raw
+    count = math.prod(item.shape)
+    if count % 8 and int(raw[-1]) >> count % 8:
+        raise CodecError("the unused bits of a packed tensor are not zero")
+    bits = np.unpackbits(raw.numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits.view(np.bool_).reshape(item.shape))
+
+
+def encode(kind: Kind, number: int, tensors: Sequence[Tensor] = (), body: bytes = b"") -> bytes:
+    """A whole frame in one piece; see `head_bytes` for what it refuses."""
+    return b"".join((head_bytes(kind, number, items_of(tensors), body), *payload_of(tensors)))
+
+
+def decode(data: bytes, limit: int = MAX_PAYLOAD_BYTES) -> Frame:
+    """Read one frame that fills ``data``.
+
+    Raises:
+        CodecError: it is not exactly one well-formed frame.
+    """
+    prefix = parse_prefix(data[:PREFIX_BYTES], limit)
+    start = PREFIX_BYTES + prefix.header_bytes
+    if len(data) != start + prefix.payload_bytes:
+        raise CodecError(f"a frame of {start + prefix.payload_bytes} bytes came in {len(data)}")
+    head = parse_header(prefix, data[PREFIX_BYTES:start])
+    landing = Landing(head.items)
+    for view in landing.views:
+        view[:] = data[start : start + len(view)]
+        start += len(view)
+    return Frame(prefix.kind, head.number, head.body, landing.tensors())
+
+
+def _require_little_endian() -> None:
+    if sys.byteorder != "little":
+        raise InputError("tensors travel as they lie in memory, little-endian: this machine is big-endian")

@@ -1,0 +1,355 @@
+"""The plain socket driver: links, the driver of protocols, programs as bytes, and the three processes."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from tacit.errors import CodecError, CorrelationError, PeerError
+from tacit.mpc import sign
+from tacit.mpc.correlation import Part, Party, Provider
+from tacit.mpc.linear import MatMul, Product
+from tacit.mpc.lockstep import Meter, Trio, plan, wire_bytes
+from tacit.mpc.shares import Share, reconstruct, share
+from tacit.mpc.steps import Enter, Open, Role, Take
+from tacit.party import calls
+from tacit.party.driver import Pool, drive
+from tacit.party.launch import LocalProcesses
+from tacit.party.programs import Program, decode_program, encode_program
+from tacit.party.transport import Link, accept, connect, listen
+from tacit.program.lowering import Context
+from tacit.program.rewrite import Model, simplify
+from tacit.ring.fixed_point import FRACTION_BITS, encode
+from tacit.ring.prg import Prg
+from tacit.trace import Node, trace
+from tacit.wire import Kind, head_bytes
+
+TOKEN = bytes(range(16))
+Links = tuple[Link, Link]
+
+
+def both(*work: Callable[[], Any]) -> list[Any]:
+    """Run pieces of work at the same time; what each returned or raised."""
+    results: list[Any] = [None] * len(work)
+
+    def run(number: int) -> None:
+        try:
+            results[number] = work[number]()
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    return results
+
+
+@pytest.fixture
+def links() -> Iterator[Links]:
+    """alice's link to bob and bob's to alice."""
+    with listen() as listener:
+        port = listener.getsockname()[1]
+        alice, bob = both(
+            lambda: accept(listener, "alice", {"bob"}, TOKEN, patience=20.0),
+            lambda: connect(port, "bob", "alice", TOKEN, patience=20.0),
+        )
+    yield alice, bob
+    alice.close()
+    bob.close()
+
+
+def values(seed: int) -> list[torch.Tensor]:
+    prg = Prg(seed.to_bytes(16, "big"))
+    words = prg.words((3, 5))
+    return [words, words.T[1:], words.to(torch.uint8), words > 0, prg.words((0, 4)), prg.words((1 << 20,)), words[0, 0]]
+
+
+def test_exchange_adds_words_and_xors_bits_while_large_messages_cross(links: Links) -> None:
+    alice, bob = values(1), values(2)
+    expected = [x + y if x.dtype == torch.int64 else x ^ y for x, y in zip(alice, bob, strict=True)]
+    kept = [value.clone() for value in alice]
+    for _ in range(3):
+        opened = both(lambda: links[0].exchange(alice), lambda: links[1].exchange(bob))
+        for side in opened:
+            assert all(map(torch.equal, side, expected))
+    assert all(map(torch.equal, alice, kept)), "a share was changed while it was sent"
+    assert links[0].bytes_opened == links[1].bytes_opened == 3 * sum(map(wire_bytes, alice))
+
+
+def test_frames_with_a_body_and_known_tensors(links: Links) -> None:
+    alice, bob = links
+    words = torch.arange(6).reshape(2, 3)
+    alice.send(Kind.CALL, [words], b"body")
+    frame = bob.receive(Kind.CALL)
+    assert (frame.body, frame.number) == (b"body", 1)
+    assert torch.equal(frame.tensors[0], words)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([torch.zeros(4, dtype=torch.int64)], [torch.zeros(5, dtype=torch.int64)]),
+        ([torch.zeros(4, dtype=torch.int64)], [torch.zeros(4, dtype=torch.uint8)]),
+        ([torch.zeros(2, 2, dtype=torch.bool)], [torch.zeros(4, dtype=torch.bool)]),
+    ],
+)
+def test_parties_at_different_steps_refuse_each_other(links: Links, one: Any, other: Any) -> None:
+    def side(link: Link, mine: list[torch.Tensor]) -> Any:
+        try:
+            return link.exchange(mine)
+        finally:
+            link.close()
+
+    for error in both(lambda: side(links[0], one), lambda: side(links[1], other)):
+        assert isinstance(error, PeerError)
+
+
+def test_out_of_turn_frames_are_refused(links: Links) -> None:
+    alice, bob = links
+    alice.send(Kind.CALL)
+    with pytest.raises(CodecError, match="alice sent a frame of kind CALL out of turn"):
+        bob.receive(Kind.REPLY)
+
+
+def test_a_repeated_frame_is_refused() -> None:
+    ours, theirs = socket.socketpair()
+    link = Link(_Tcp(ours), "bob")
+    theirs.sendall(head_bytes(Kind.CALL, 0, []) * 2)
+    assert link.receive(Kind.CALL).number == 0
+    with pytest.raises(CodecError, match="bob sent frame 0 where 1 is next"):
+        link.receive(Kind.CALL)
+    theirs.sendall(b"x" * 30)
+    with pytest.raises(CodecError):
+        link.receive(Kind.CALL)
+    link.close()
+    theirs.close()
+
+
+class _Tcp(socket.socket):
+    """A socket pair's end on which TCP's options do nothing."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+
+    def setsockopt(self, *options: Any) -> None:
+        pass
+
+
+def test_a_closed_connection_names_the_peer(links: Links) -> None:
+    links[1].close()
+    with pytest.raises(PeerError, match="bob closed the connection"):
+        links[0].exchange([torch.zeros(10, dtype=torch.int64)])
+
+
+def test_a_silent_peer_is_given_up(links: Links) -> None:
+    links[0].patience = 0.05
+    with pytest.raises(PeerError, match=r"bob has been silent for 0\.05 seconds"):
+        links[0].exchange([torch.zeros(10, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize(("name", "token"), [("mallory", TOKEN), ("bob", bytes(16))])
+def test_strangers_are_refused(name: str, token: bytes) -> None:
+    with listen() as listener:
+        port = listener.getsockname()[1]
+        refused, refusal = both(
+            lambda: accept(listener, "alice", {"bob"}, TOKEN),
+            lambda: connect(port, name, "alice", token),
+        )
+    assert isinstance(refused, PeerError)
+    assert "not of this session" in str(refused)
+    assert isinstance(refusal, PeerError)
+
+
+def parties(seed: int) -> tuple[Provider, tuple[Party, Party]]:
+    """As `Trio` makes them from the same seed."""
+    root = Prg(seed.to_bytes(16, "big"))
+    alice, bob = root.derive("alice"), root.derive("bob")
+    return Provider(alice, bob, root.derive("provider")), (Party(Role.ALICE, alice), Party(Role.BOB, bob))
+
+
+def test_driven_over_a_link_a_protocol_gives_the_shares_that_it_gives_in_lockstep(links: Links) -> None:
+    z = share(Prg(bytes(16)).words((40, 3)) >> 24, 2 * FRACTION_BITS, Prg(bytes(16)))
+    expected = Trio(Prg((5).to_bytes(16, "big"))).run(sign.relu(z[0]), sign.relu(z[1]))
+    planned = Meter()
+    plan(sign.relu(Share(torch.empty((40, 3), dtype=torch.int64, device="meta"), z[0].scale, Role.ALICE)), planned)
+    provider, pair = parties(5)
+    pools = Pool(), Pool()
+    for correlation in planned.correlations:
+        number, corrections = provider.deal(correlation)
+        pools[0].put(correlation, pair[0].receive(number, correlation, {}))
+        pools[1].put(correlation, pair[1].receive(number, correlation, corrections))
+    meters = Meter(), Meter()
+    got = both(*(lambda i=i: drive(sign.relu(z[i]), pools[i], links[i], meters[i]) for i in range(2)))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.words, other.words)
+    for meter, link in zip(meters, links, strict=True):
+        assert (meter.rounds, meter.bytes_online) == (planned.rounds, planned.bytes_online)
+        assert link.bytes_opened == planned.bytes_online
+        assert meter.correlations == planned.correlations
+    assert not len(pools[0])
+
+
+def test_the_pool_hands_out_in_order_once_and_nothing_after_a_failure(links: Links) -> None:
+    first, second = (Product(MatMul(), (n, 2), (2, 3)) for n in (4, 5))
+    pool = Pool()
+    with pytest.raises(CorrelationError, match="deal first"):
+        pool.take(first)
+    pool.put(first, Part())
+    pool.put(second, Part())
+    with pytest.raises(CorrelationError, match="thrown away"):
+        pool.take(second)
+    assert not len(pool)
+
+    def fails() -> Any:
+        yield Enter("layer")
+        yield Take(first)
+        links[1].close()
+        yield Open(torch.zeros(3, dtype=torch.int64))
+
+    pool.put(first, Part())
+    pool.put(second, Part())
+    with pytest.raises(PeerError):
+        drive(fails(), pool, links[0], Meter())
+    assert not len(pool)
+
+
+class Small(nn.Module):
+    """Every kind of argument that a graph can hold, in little time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 2, 3)
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.convolution(x)), 2)
+        return torch.cat([self.linear(x.flatten(1)) * 0.5, x.mean((2, 3))], 1)
+
+
+def small_program() -> tuple[Small, Program, dict[str, tuple[Share, Share]]]:
+    torch.manual_seed(0)
+    model = Small().eval()
+    owned = simplify(Model(*trace(model, (torch.zeros(2, 1, 6, 6),))))
+    shapes = {name: tuple(value.shape) for name, value in owned.state.items()}
+    program = Program(owned.graph, shapes, ((2, 1, 6, 6),), Context(), first_number=4)
+    prg = Prg.fresh()
+    return model, program, {n: share(encode(v), FRACTION_BITS, prg) for n, v in owned.state.items()}
+
+
+def test_a_program_survives_its_encoding_but_for_where_it_came_from() -> None:
+    _, program, _ = small_program()
+    again = decode_program(encode_program(program))
+    assert (again.state, again.inputs, again.context) == (program.state, program.inputs, program.context)
+    assert again.first_number == 4
+    assert (again.graph.inputs, again.graph.outputs) == (program.graph.inputs, program.graph.outputs)
+    assert set(again.graph.state) == set(program.graph.state)
+    for one, other in zip(again.graph.nodes, program.graph.nodes, strict=True):
+        assert [getattr(one, n) for n in ("name", "operator", "kwargs", "shape", "refs")] == [
+            getattr(other, n) for n in ("name", "operator", "kwargs", "shape", "refs")
+        ]
+        assert list(one.args) == list(other.args)
+        assert (one.layer, one.source) == ("", "")
+    assert again.cost().correlations == program.cost().correlations
+    assert again.load_correlations() == program.load_correlations()
+    # A new field of a node must be sent, or be left out on purpose.
+    assert {field.name for field in fields(Node)} == {"name", "operator", "args", "kwargs", "shape", "layer", "source"}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 50])
+def test_a_program_that_does_not_parse_is_refused(cut: int) -> None:
+    data = encode_program(small_program()[1])
+    for broken in (data[:cut], data[: -1 - cut], data + b"\x00"):
+        with pytest.raises(CodecError):
+            decode_program(broken)
+
+
+def test_unknown_settings_and_arguments_of_a_program_are_refused() -> None:
+    packed = msgspec.msgpack.decode(encode_program(small_program()[1]))
+    settings = list(packed)
+    settings[5] = settings[5] | {"unheard_of": 1}
+    with pytest.raises(CodecError, match="settings"):
+        decode_program(msgspec.msgpack.encode(settings))
+    for argument in ({"code": "x"}, {"dtype": "torch.Tensor"}, {"ref": 3}, {"ref": "x", "dtype": "torch.int64"}):
+        packed[2][0][2][0] = argument
+        with pytest.raises(CodecError, match="argument"):
+            decode_program(msgspec.msgpack.encode(packed))
+
+
+def test_calls_are_told_apart_and_checked() -> None:
+    for call in (calls.Join({"alice": 1}), calls.Deal(), calls.Run([16], True), calls.Load(["w"], [16])):
+        assert calls.decode_call(calls.encode(call)) == call
+        with pytest.raises(CodecError):
+            calls.decode_answer(calls.encode(call))
+    for data in (b"", b"\x80", calls.encode(calls.Deal()) + b"\x00", calls.encode(calls.Join({"alice": 70000}))):
+        with pytest.raises(CodecError):
+            calls.decode_call(data)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_three_processes_predict_and_the_death_of_one_is_named() -> None:
+    model, program, state = small_program()
+    prg = Prg.fresh()
+    x = torch.linspace(-1, 1, 72).reshape(2, 1, 6, 6)
+    with LocalProcesses() as processes:
+        pids = [processes.pid(name) for name in ("alice", "bob", "provider")]
+        planned = processes.install(program)
+        cost = program.cost()
+        assert (planned.rounds, planned.bytes_online, planned.bytes_dealt) == (
+            cost.rounds,
+            cost.bytes_online,
+            cost.bytes_dealt,
+        )
+        processes.load(state)
+        for batch in (x, x.flip(0)):
+            assert processes.deal().nbytes == planned.bytes_dealt
+            outcome = processes.run([share(encode(batch), FRACTION_BITS, prg)], by_layer=True)
+            ((alice, bob),) = outcome.outputs
+            with torch.no_grad():
+                expected = model(batch)
+            # Each of two truncated layers is within a unit, and a unit grows through 8 weights below 1.
+            assert (reconstruct(alice, bob) - expected).abs().max() < 32 * 2.0**-16
+            for party in (outcome.alice, outcome.bob):
+                assert (party.rounds, party.bytes_online) == (planned.rounds, planned.bytes_online)
+                assert party.layers.keys() >= {"convolution"}
+        assert all(peak > 10 for peak in processes.peak_rss_mb().values())
+        processes.deal()
+        os.kill(processes.pid("bob"), signal.SIGKILL)
+        with pytest.raises(PeerError, match="bob's process has ended with exit code -9"):
+            processes.run([share(encode(x), FRACTION_BITS, prg)])
+    assert all(map(gone, pids))
+
+
+def test_no_process_is_left_behind_by_an_interrupt_or_a_failed_call() -> None:
+    _, program, state = small_program()
+    pids = []
+
+    def interrupted() -> None:
+        with LocalProcesses() as processes:
+            pids.extend(processes.pid(name) for name in ("alice", "bob", "provider"))
+            processes.install(program)
+            processes.load(state)
+            with pytest.raises(PeerError, match=r"(alice|bob): no dealt correlation is left .*deal first"):
+                processes.run([share(torch.zeros(2, 1, 6, 6, dtype=torch.int64), FRACTION_BITS, Prg.fresh())])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert all(map(gone, pids))
