@@ -52,8 +52,8 @@ class LayerCost:
         operator: the operator that it runs.
         rounds: times that alice and bob each wait for a message of the other.
         bytes_online: bytes that one party sends to the other.
-        bytes_dealt: bytes of correlated randomness dealt to both parties together.
-        milliseconds: wall-clock time.
+        bytes_dealt: bytes of correlated randomness that the provider sends.
+        milliseconds: what alice and bob compute together, in one process.
     """
 
     name: str
@@ -82,7 +82,7 @@ class DemoReport:
         batch: images per batch.
         rounds_per_batch: online rounds for one batch.
         bytes_online_per_image: bytes that one party sends online, per image.
-        bytes_dealt_per_image: bytes dealt to both parties together, per image.
+        bytes_dealt_per_image: bytes that the provider sends, per image.
         samples: the images to show.
         layers: cost of each layer, in order of execution.
         seconds_federated: wall-clock time of the training.

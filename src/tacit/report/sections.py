@@ -313,6 +313,6 @@ def _layers(layers: Sequence[LayerCost]) -> str:
 <td>{duration(sum(layer.milliseconds for layer in layers) / 1000)}</td></tr></tfoot>
 </table></div>
 <figcaption>Cost of one batch, layer by layer. “A party sends” is what alice sends bob, and as much comes
-back; “dealt ahead” is what the provider sends both together. Bars compare the layers within a
-column.</figcaption>
+back; “dealt ahead” is what the provider sends; “time” is what alice and bob compute together. Bars compare the layers
+within a column.</figcaption>
 </figure>"""

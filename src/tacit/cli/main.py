@@ -1,0 +1,44 @@
+"""``tacit``: the command line's entry point."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tacit import __version__
+from tacit.cli import bench
+from tacit.cli.cost import cost
+from tacit.cli.demo import demo
+from tacit.errors import TacitError
+
+app = typer.Typer(
+    help="Train together, predict in secret: federated learning and encrypted inference for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(cost)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def tacit(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Train together, predict in secret: federated learning and encrypted inference for PyTorch."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; a mistake of the caller's is one line on standard error and exit code 2."""
+    try:
+        app()
+    except TacitError as error:
+        Console(stderr=True, soft_wrap=True).print("error:", str(error), style="red", markup=False, highlight=False)
+        sys.exit(2)
