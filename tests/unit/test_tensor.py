@@ -235,7 +235,7 @@ class TestRefusals:
             (lambda x: x.lgamma(), "aten.lgamma.default"),
             (lambda x: x.sum().item(), "aten._local_scalar_dense.default"),
             (lambda x: bool(x.sum()), "aten."),
-            (lambda x: x.add_(1), "aten.add_.Tensor"),
+            (lambda x: x.tan_(), "aten.tan.default"),
         ],
     )
     def test_an_unsupported_operator_names_itself_and_the_caller_s_line(
@@ -262,13 +262,18 @@ class TestRefusals:
             call(private(X))
 
     @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e30])
-    def test_a_number_that_cannot_be_a_factor_or_a_summand(
-        self, number: float, private: Callable[..., PrivateTensor]
-    ) -> None:
-        with pytest.raises(InputError):
-            _ = private(X) + number
+    def test_a_number_that_cannot_be_a_factor(self, number: float, private: Callable[..., PrivateTensor]) -> None:
         with pytest.raises(InputError):
             _ = private(X) * number
+
+    @pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e30, -1e30])
+    def test_a_number_that_cannot_be_a_summand(self, number: float, private: Callable[..., PrivateTensor]) -> None:
+        with pytest.raises(InputError):
+            _ = private(X) + number
+
+    def test_minus_infinity_masks(self, private: Callable[..., PrivateTensor]) -> None:
+        mask = torch.tensor([0.0, -float("inf")]).expand(X.shape[0], 2)
+        close((private(X[:, :2]) + mask).softmax(1), (X[:, :2] + mask).softmax(1))
 
     def test_shapes_that_do_not_fit(self, private: Callable[..., PrivateTensor]) -> None:
         x = private(X)
