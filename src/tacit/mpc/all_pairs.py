@@ -26,7 +26,7 @@ from tacit.mpc.phases import OFFSET, SELECTOR_BIT
 from tacit.mpc.shares import Share
 from tacit.mpc.sign import MAX_CHUNKS, Window, combiner, comparison_facts, comparison_window, truncation_facts
 from tacit.mpc.steps import Open, Protocol, Role, Take
-from tacit.ring.integers import bits_at, lookup, parity, shift_right, top_bit
+from tacit.ring.integers import lookup, parity, shift_right, top_bit
 
 MAX_VALUES = 4
 """With zero, four values make ten pairs, whose 54 products of mask bits and four selectors just fit one word."""
@@ -42,7 +42,25 @@ def pairs_of(count: int, rectify: bool) -> list[Pair]:
 
 def _differences(values: Tensor, pairs: list[Pair], zero: int) -> Tensor:
     """``values[i] - values[j]`` for every pair, stacked; ``zero`` is what stands for zero."""
-    return torch.stack([values[i] - (zero if j is None else values[j]) for i, j in pairs])
+    rows = torch.cat([values, torch.full_like(values[:1], zero)])
+    left = torch.tensor([i for i, _ in pairs], device=values.device)
+    right = torch.tensor([len(values) if j is None else j for _, j in pairs], device=values.device)
+    return rows.index_select(0, left).sub_(rows.index_select(0, right))
+
+
+def _positions(like: Tensor, lowest: int, count: int) -> Tensor:
+    """Numbers from ``lowest`` up along a new first dimension."""
+    return torch.arange(lowest, lowest + count, device=like.device).view(count, *[1] * like.dim())
+
+
+def _bits(words: Tensor, lowest: int, count: int) -> Tensor:
+    """Bits of each word from bit ``lowest`` up, stacked along a new first dimension, as uint8."""
+    return (words >> _positions(words, lowest, count)).bitwise_and_(1).to(torch.uint8)
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """Bits stacked along the first dimension as one int64: the first is bit 0."""
+    return (bits.to(torch.int64) << _positions(bits[0], 0, len(bits))).sum(0)
 
 
 @dataclass(frozen=True)
@@ -144,13 +162,6 @@ class PairwiseMask(Correlation):
         return dealt
 
 
-def _packed(bits: Tensor) -> Tensor:
-    """Bits stacked along the first dimension as one int64: the first is bit 0."""
-    return sum(
-        (bit.to(torch.int64) << n for n, bit in enumerate(bits)), start=torch.zeros_like(bits[0], dtype=torch.int64)
-    )
-
-
 def largest(z: Share, rectify: bool, scale: int | None = None, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
     """The largest along the first dimension, of at most four values; with ``rectify``, max(0, largest).
 
@@ -180,16 +191,12 @@ def largest(z: Share, rectify: bool, scale: int | None = None, chunks: int = MAX
     alice, pairs = z.holder is Role.ALICE, pairs_of(count, rectify)
     (opened,) = yield Open(phases.mask(z.words, part.r, alice))
     bits = yield from _compare(opened, part, mask, pairs, alice)
-    (seen,) = yield Open(
-        torch.stack([bit ^ bits_at(part.h, p, 1).to(torch.uint8) for p, bit in enumerate(bits)]).bool()
-    )
+    (seen,) = yield Open((bits ^ _bits(part.h, 0, len(pairs))).to(torch.bool))
     tables, index = winner(count, rectify), _packed(seen)
-    picks = []
-    for i in range(count):
-        pick = parity(part.h & lookup(tables.coefficients[i], index))
-        pick = pick ^ lookup(tables.constant[i], index) if alice else pick
-        picks.append(pick ^ bits_at(part.h, SELECTOR_BIT + 1 - count + i, 1).to(torch.uint8))
-    (d,) = yield Open(torch.stack(picks).bool())
+    entries = index + (_positions(index, 0, count) << len(pairs))
+    picks = parity(part.h & lookup(tables.coefficients.view(-1), entries))
+    picks = picks ^ lookup(tables.constant.view(-1), entries) if alice else picks
+    (d,) = yield Open((picks ^ _bits(part.h, SELECTOR_BIT + 1 - count, count)).to(torch.bool))
     if drop:
         facts = (part.rho, part.mu, part.s, part.s_rho, part.s_mu)
         words = phases.selected(d, opened, facts, drop, alice)
@@ -201,7 +208,7 @@ def largest(z: Share, rectify: bool, scale: int | None = None, chunks: int = MAX
 def _compare(opened: Tensor, part: Part, mask: PairwiseMask, pairs: list[Pair], alice: bool) -> Protocol[Tensor]:
     """Shares of 1{Z_i ≥ Z_j} for every pair, from one opened byte each."""
     # `compare` expects an opening's offset, which has cancelled in the differences.
-    differences = _differences(shift_right(opened, mask.lowest), pairs, OFFSET >> mask.lowest) + OFFSET
+    differences = _differences(shift_right(opened, mask.lowest), pairs, OFFSET >> mask.lowest).add_(OFFSET)
     byte, rest = phases.compare(differences, part.thermometers, part.m, 0, mask.chunks, alice)
     if mask.chunks == 1:
         return rest

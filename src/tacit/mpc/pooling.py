@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from tacit.errors import InputError
 from tacit.mpc.all_pairs import largest
 from tacit.mpc.linear import times_number
 from tacit.mpc.shares import Share
-from tacit.mpc.sign import MAX_CHUNKS, maximum
+from tacit.mpc.sign import MAX_CHUNKS, relu
 from tacit.mpc.steps import Protocol, Role
 from tacit.ring.fixed_point import FRACTION_BITS, MAGNITUDE_BITS
 
@@ -63,15 +65,12 @@ class Windows:
         if any(edges):
             tensor = functional.pad(tensor, edges, value=filler)
         positions = []
-        for flat in range(math.prod(self.kernel)):
-            view, rest = tensor, flat
-            for axis in reversed(range(len(self.kernel))):
-                rest, offset = divmod(rest, self.kernel[axis])
-                start, step = offset * self.dilation[axis], self.stride[axis]
-                dim = tensor.dim() - len(self.kernel) + axis
-                view = view.narrow(dim, start, (counts[axis] - 1) * step + 1)
-                view = view[(slice(None),) * dim + (slice(None, None, step),)]
-            positions.append(view)
+        for offsets in product(*map(range, self.kernel)):
+            corner = [offset * d for offset, d in zip(offsets, self.dilation, strict=True)]
+            ends = [c + (n - 1) * s + 1 for c, n, s in zip(corner, counts, self.stride, strict=True)]
+            grid = [slice(c, end, s) for c, end, s in zip(corner, ends, self.stride, strict=True)]
+            where: tuple[EllipsisType | slice, ...] = (..., *grid)
+            positions.append(tensor[where])
         return positions
 
 
@@ -91,16 +90,19 @@ def max_pool(x: Share, windows: Windows, chunks: int = MAX_CHUNKS) -> Protocol[S
     Guarantees: the element returned is within 2^-16 of the largest. Padding stands for -4,096: with padding, elements
         must be larger than that.
     Leakage: none.
-    Cost: 3·ceil(log2 w) rounds and w - 1 comparisons (see `tacit.mpc.sign.maximum`) a window of w elements.
+    Cost: 3·ceil(log2 w) rounds and w - 1 comparisons (see `tacit.mpc.sign.relu`) a window of w elements.
     """
-    candidates = [x.with_words(view) for view in windows.elements(x.words, _filler(x))]
+    candidates = windows.elements(x.words, _filler(x))
     while len(candidates) > 1:
-        half, odd = divmod(len(candidates), 2)
-        left = torch.stack([c.words for c in candidates[:half]])
-        right = torch.stack([c.words for c in candidates[half : 2 * half]])
-        winners = yield from maximum(x.with_words(left), x.with_words(right), chunks)
-        candidates = [x.with_words(words) for words in winners.words.unbind()] + candidates[len(candidates) - odd :]
-    return candidates[0]
+        half = len(candidates) // 2
+        left, right, rest = candidates[:half], candidates[half : 2 * half], candidates[2 * half :]
+        differences = x.words.new_empty((half, *left[0].shape))
+        for one, other, difference in zip(left, right, differences.unbind(), strict=True):
+            torch.sub(one, other, out=difference)
+        # max(x, y) = y + max(x - y, 0)
+        gains = yield from relu(x.with_words(differences), x.scale, chunks)
+        candidates = [gain.add_(other) for gain, other in zip(gains.words.unbind(), right, strict=True)] + rest
+    return x.with_words(candidates[0])
 
 
 def max_pool_at_once(x: Share, windows: Windows, rectify: bool, chunks: int = MAX_CHUNKS) -> Protocol[Share]:

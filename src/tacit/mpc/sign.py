@@ -184,11 +184,16 @@ class Mask(Correlation):
 
 def comparison_facts(r: Tensor, window: Window, provider: Provider) -> dict[str, Tensor]:
     """What a comparison needs to know about its mask R: a thermometer word a chunk, and M without a selector."""
-    tables, chunks = combiner(window.chunks), range(window.chunks)
-    levels = (bits_at(r, window.lowest + CHUNK_BITS * i, CHUNK_BITS) for i in chunks)
+    levels = (bits_at(r, window.lowest + CHUNK_BITS * i, CHUNK_BITS) for i in range(window.chunks))
+    thermometers = torch.stack([thermometer(level) for level in levels])
+    return {"thermometers": thermometers, "m": fresh_products(r, window, provider)}
+
+
+def fresh_products(r: Tensor, window: Window, provider: Provider) -> Tensor:
+    """M for one comparison: products of fresh mask bits, and R's top bit of the window."""
+    tables = combiner(window.chunks)
     mask_bits = torch.from_numpy(provider.prg.array(r.numel())).reshape(r.shape) & ((1 << tables.width) - 1)
-    m = lookup(tables.products, mask_bits) | (bits_at(r, window.top, 1) << TOP_BIT)
-    return {"thermometers": torch.stack([thermometer(level) for level in levels]), "m": m}
+    return lookup(tables.products, mask_bits) | (bits_at(r, window.top, 1) << TOP_BIT)
 
 
 def truncation_facts(drop: int) -> dict[str, torch.dtype]:

@@ -18,26 +18,20 @@ from tacit.mpc.lockstep import Trio
 from tacit.mpc.phases import CHUNK_BITS
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.program.lowering import Context
+from tacit.program.lowering.operands import finite
 from tacit.program.rewrite import Model
 from tacit.program.run import check, evaluate, load
-from tacit.ring.fixed_point import FRACTION_BITS, encode
+from tacit.ring.fixed_point import FRACTION_BITS, MAGNITUDE_BITS, encode
 from tacit.ring.prg import Prg
 from tacit.trace import Node, Ref, operator_of, substitute
 
-_COMPARING = (
-    "relu",
-    "max_pool",
-    "ge",
-    "gt",
-    "le",
-    "lt",
-    "clamp",
-    "hardtanh",
-    "leaky_relu",
-    "abs",
-    "maximum",
-    "minimum",
-)
+_MAGNITUDES = ("relu", "leaky_relu", "abs", "sign")
+_DIFFERENCES = ("ge", "gt", "le", "lt", "eq", "ne", "maximum", "minimum")
+_CLAMPS = ("clamp", "clamp_min", "clamp_max", "hardtanh")
+_SPREADS = ("amax", "amin", "max", "min", "argmax", "argmin", "topk", "sort")
+_PADDING = 2.0 ** (MAGNITUDE_BITS - 2 - FRACTION_BITS)
+"""The magnitude of the number that pads for `tacit.mpc.pooling.max_pool`."""
+_POOLS = ("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "max_pool2d_relu")
 
 
 @dataclass(frozen=True)
@@ -46,9 +40,10 @@ class LayerAudit:
 
     Args:
         name: the node's name; ``layer`` the module it belongs to; ``operator`` its ATen operator.
-        largest: the largest magnitude among the values that its bound is about: its inputs where it compares, its
-            result elsewhere.
-        bound: the magnitude from which the protocol would be wrong.
+        largest: the largest magnitude among the values that its bound is about: what it compares where it does
+            (`largest_compared`), its result elsewhere.
+        bound: the magnitude from which the protocol may be wrong: that of the operator's own comparison window, or of
+            a word.
         error: the largest absolute difference between the result on shares and the result in float32.
     """
 
@@ -102,6 +97,46 @@ def interpret(model: Model, inputs: Sequence[Tensor]) -> dict[str, Any]:
     return values
 
 
+def window_bound(chunks: int) -> float:
+    """The magnitude below which a comparison window of so many chunks is right at both ends; see `tacit.mpc.sign`."""
+    return 2.0 ** (CHUNK_BITS * chunks - FRACTION_BITS) - 2.0**-FRACTION_BITS
+
+
+def largest_compared(node: Node, values: Mapping[str, Any]) -> float | None:
+    """The largest magnitude that the comparison window of an operator has to hold.
+
+    Args:
+        node: the operator.
+        values: what `interpret` returned.
+
+    Returns:
+        For an operator that compares its operand with zero, the operand's magnitude; for one that compares operands
+        with each other or with bounds, that of their differences; for maxima, sorting and pooling, the range of all
+        values, zero included. ``None`` for an operator that compares nothing, or only within a table's domain.
+    """
+    name = node.operator.partition(".")[2].partition(".")[0]
+    if name not in (*_MAGNITUDES, *_DIFFERENCES, *_CLAMPS, *_SPREADS, *_POOLS):
+        return None
+    arguments = (arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Ref | int | float))
+    x, *others = (finite(values[arg.name] if isinstance(arg, Ref) else arg) for arg in arguments)
+    if name in _MAGNITUDES:
+        return float(x.abs().max())
+    if name in _DIFFERENCES:
+        return float((x - others[0]).abs().max())
+    if name in _CLAMPS:
+        # What is left out of a hardtanh's bounds is -1 or 1.
+        bounds = [*others, finite(-1.0), finite(1.0)] if name == "hardtanh" else others
+        return max(float((x - bound).abs().max()) for bound in bounds)
+    spread = float(x.max().clamp(min=0) - x.min().clamp(max=0))
+    return spread + _PADDING if name in _POOLS and _is_padded(node) else spread
+
+
+def _is_padded(node: Node) -> bool:
+    """Whether pooling windows may reach over an edge, where elements are compared with what padding stands for."""
+    _, _, _, padding, _, ceil_mode = (*node.args, *[None] * 6)[:6]
+    return bool(ceil_mode) or (isinstance(padding, list | tuple) and any(padding))
+
+
 def audit(model: Model, inputs: Sequence[Tensor], context: Context) -> Audit:
     """Run the model on shares of the owner's own sample and compare every operator with floating point.
 
@@ -136,13 +171,9 @@ def _layer(node: Node, alice: Any, bob: Any, clear: Mapping[str, Any], context: 
     exact = _first(clear[node.name]).to(torch.float64)
     # An infinity (of an attention mask) is on shares a bound that nothing reaches.
     finite = exact.isfinite()
-    name = node.operator.split(".")[1]
-    if name.startswith(_COMPARING):
-        bound = 2.0 ** (CHUNK_BITS * context.chunks - FRACTION_BITS)
-        operands = [clear[arg.name] for arg in node.args if isinstance(arg, Ref)]
-        # Pooling compares differences, and zero may take part.
-        spread = [float(value.max().clamp(min=0) - value.min().clamp(max=0)) for value in operands]
-        largest = max(spread) if "max_pool" in name else max(float(value.abs().max()) for value in operands)
+    compared = largest_compared(node, clear)
+    if compared is not None:
+        bound, largest = window_bound(context.at(node.name).chunks), compared
     else:
         bound, largest = 2.0 ** (62 - pair[0].scale), float(exact[finite].abs().max())
     error = float((reconstruct(*pair) - exact)[finite].abs().max())

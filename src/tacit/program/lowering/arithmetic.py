@@ -42,7 +42,7 @@ def convolution(
         op: Any = InputGradient(outputs, *geometry)
     else:
         op = Convolve(*geometry)
-    result = yield from product(x, weight, op)
+    result = yield from product(context, x, weight, op)
     if bias is None:
         return result
     column = (-1, *[1] * len(stride))
@@ -59,17 +59,17 @@ def addmm(
     context: Context, bias: Operand, x: Operand, weight: Operand, *, beta: float = 1, alpha: float = 1
 ) -> Protocol[Share]:
     """``beta * bias + alpha * x @ weight``; one round."""
-    result = yield from product(x, weight, MatMul())
+    result = yield from product(context, x, weight, MatMul())
     if alpha != 1:
-        result = yield from scaled(result, alpha)
+        result = yield from scaled(context, result, alpha)
     if beta != 1 and not isinstance(bias, Tensor):
-        bias = yield from scaled(bias, beta)
+        bias = yield from scaled(context, bias, beta)
     return plus(result, bias if not isinstance(bias, Tensor) else beta * bias)
 
 
 def matmul(context: Context, x: Operand, y: Operand) -> Protocol[Share]:
     """``mm``, ``bmm``, ``mv`` and ``dot``; one round."""
-    return (yield from product(x, y, MatMul()))
+    return (yield from product(context, x, y, MatMul()))
 
 
 def multiply(context: Context, x: Any, y: Any) -> Protocol[Share]:
@@ -77,8 +77,8 @@ def multiply(context: Context, x: Any, y: Any) -> Protocol[Share]:
     if isinstance(x, int | float):
         x, y = y, x
     if isinstance(y, int | float):
-        return (yield from scaled(x, float(y)))
-    return (yield from product(x, y, Multiply()))
+        return (yield from scaled(context, x, float(y)))
+    return (yield from product(context, x, y, Multiply()))
 
 
 def divide(context: Context, x: Any, divisor: Any, *, rounding_mode: str | None = None) -> Protocol[Share]:
@@ -90,8 +90,8 @@ def divide(context: Context, x: Any, divisor: Any, *, rounding_mode: str | None 
         result = yield from _inverse(context, divisor, numerator)
         return result if numerator is not None else (yield from multiply(context, result, x))
     if isinstance(divisor, Tensor):
-        return (yield from product(x, divisor.to(torch.float64).reciprocal(), Multiply()))
-    return (yield from scaled(x, 1.0 / float(divisor)))
+        return (yield from product(context, x, divisor.to(torch.float64).reciprocal(), Multiply()))
+    return (yield from scaled(context, x, 1.0 / float(divisor)))
 
 
 def reciprocal(context: Context, x: Operand) -> Protocol[Share]:
@@ -124,10 +124,10 @@ def power(context: Context, x: Operand, exponent: float) -> Protocol[Share]:
     square, rest, result = share_of(x), abs(int(exponent)), None
     while rest:
         if rest & 1:
-            result = square if result is None else (yield from product(result, square, Multiply()))
+            result = square if result is None else (yield from product(context, result, square, Multiply()))
         rest >>= 1
         if rest:
-            square = yield from product(square, square, Multiply())
+            square = yield from product(context, square, square, Multiply())
     return result if exponent > 0 else (yield from reciprocal(context, result))  # type: ignore[arg-type,return-value]
 
 
@@ -135,17 +135,17 @@ def exponential_of(context: Context, base: float, x: Operand) -> Protocol[Share]
     """``pow`` of a public positive base: e^(x·log base)."""
     if not base > 0:
         raise UnsupportedOperator(f"powers of {base} have no encrypted form: the base must be positive")
-    return (yield from functions.exp((yield from scaled(x, math.log(base))), context.chunks))
+    return (yield from functions.exp((yield from scaled(context, x, math.log(base))), context.chunks))
 
 
 def add(context: Context, x: Any, y: Any, *, alpha: float = 1) -> Protocol[Share]:
     """``x + alpha * y``; local."""
     if not is_private(x):
         if alpha != 1:
-            y = yield from scaled(y, alpha)
+            y = yield from scaled(context, y, alpha)
         return plus(y, x)
     if is_private(y):
-        return plus(x, (yield from scaled(y, alpha)) if alpha != 1 else y)
+        return plus(x, (yield from scaled(context, y, alpha)) if alpha != 1 else y)
     return plus(x, alpha * y)
 
 
@@ -173,7 +173,7 @@ def mean(
     context: Context, x: Operand, dim: Sequence[int] | None = None, keepdim: bool = False, **_: Any
 ) -> Protocol[Share]:
     """``mean`` over dimensions, or over all; local."""
-    x = yield from fit(share_of(x))
+    x = yield from fit(context, share_of(x))
     total = sum_(context, x, dim, keepdim)
     return times_number(total, total.words.numel() / x.words.numel())
 
@@ -190,7 +190,7 @@ def var_mean(
     own = share_of(x)
     dims = tuple(dim) if dim else tuple(range(own.words.dim()))
     centred = yield from functions.centred(own, dims)
-    squares = yield from product(centred, centred, Multiply())
+    squares = yield from product(context, centred, centred, Multiply())
     total = sum_(context, squares, dims, keepdim)
     count = squares.words.numel() // max(1, total.words.numel())
     divisor = count - (1 if correction is None else correction)
@@ -209,8 +209,8 @@ def vector_norm(
 ) -> Protocol[Share]:
     """``linalg_vector_norm`` of order 1 or 2."""
     if ord == 2:
-        own = yield from fit(share_of(x))
-        squares = yield from product(own, own, Multiply())
+        own = yield from fit(context, share_of(x))
+        squares = yield from product(context, own, own, Multiply())
         return (yield from sqrt(context, sum_(context, squares, dim, keepdim)))
     if ord == 1:
         return sum_(context, (yield from functions.absolute(share_of(x), context.chunks)), dim, keepdim)

@@ -29,7 +29,7 @@ def _at_least(context: Context, larger: Any, smaller: Any) -> Protocol[Share]:
         if _is_infinite(infinite):
             return _everywhere(share_of(other), infinite == answer)
     difference = yield from subtract(context, larger, smaller)
-    return (yield from sign.nonnegative(difference, context.chunks))
+    return (yield from context.nonnegative(difference))
 
 
 def _is_infinite(value: Any) -> bool:
@@ -66,6 +66,9 @@ def equal(context: Context, x: Operand, y: Any) -> Protocol[Share]:
     if _is_infinite(y):
         return _everywhere(share_of(x), False)
     difference = yield from subtract(context, x, y)
+    if context.exact:
+        above, below = yield from together(context.nonnegative(difference), context.nonnegative(-difference))
+        return (above + below).plus_public(-1)
     zero = difference.map(torch.zeros_like)
     return (yield from ordering.equal(difference, zero, context.chunks))
 
@@ -78,7 +81,7 @@ def not_equal(context: Context, x: Operand, y: Any) -> Protocol[Share]:
 def sign_(context: Context, x: Operand) -> Protocol[Share]:
     """``sign``: 1{x ≥ 0} - 1{x ≤ 0}; three rounds."""
     own = share_of(x)
-    above, below = yield from together(sign.nonnegative(own, context.chunks), sign.nonnegative(-own, context.chunks))
+    above, below = yield from together(context.nonnegative(own), context.nonnegative(-own))
     return above - below
 
 
@@ -104,7 +107,7 @@ def logical_and(context: Context, x: Any, y: Any) -> Protocol[Share]:
     private, other = (x, y) if is_private(x) else (y, x)
     truth = _truth(private)
     if is_private(other):
-        return (yield from product(truth, _truth(other), Multiply()))
+        return (yield from product(context, truth, _truth(other), Multiply()))
     mask = _zeros_and_ones(other).to(truth.words.device)
     return truth.map(lambda own: own * mask)
 
@@ -162,14 +165,14 @@ def where(context: Context, condition: Any, x: Any, y: Any) -> Protocol[Share]:
     if not is_private(x) and not is_private(y):
         # Between public values, the condition alone is private: no round.
         first, second = finite(x), finite(y)
-        return constant(truth, second) + (yield from product(truth, first - second, Multiply()))
-    gain = yield from product((yield from subtract(context, x, y)), truth, Multiply())
+        return constant(truth, second) + (yield from product(context, truth, first - second, Multiply()))
+    gain = yield from product(context, (yield from subtract(context, x, y)), truth, Multiply())
     return gain + (share_of(y) if is_private(y) else constant(gain, y))
 
 
 def clamp(context: Context, x: Operand, low: float | None = None, high: float | None = None) -> Protocol[Share]:
     """``clamp`` between public numbers, ``hardtanh`` and ReLU6; three rounds."""
-    own = share_of(x)
+    own = yield from context.comparable(share_of(x))
     if low is not None and high is not None:
         if low >= high:
             raise UnsupportedOperator(f"clamping needs a lower bound below the upper one, not {low} and {high}")
@@ -200,14 +203,14 @@ def clamp_max(context: Context, x: Operand, high: float) -> Protocol[Share]:
 
 def absolute(context: Context, x: Operand) -> Protocol[Share]:
     """``abs``; three rounds."""
-    return (yield from functions.absolute(share_of(x), context.chunks))
+    return (yield from functions.absolute((yield from context.comparable(share_of(x))), context.chunks))
 
 
 def maximum(context: Context, x: Any, y: Any) -> Protocol[Share]:
     """``maximum``; three rounds."""
     like = share_of(x if is_private(x) else y)
     left, right = (share_of(value) if is_private(value) else constant(like, value) for value in (x, y))
-    return (yield from sign.maximum(*_broadcast(left, right), context.chunks))
+    return (yield from context.maximum(*_broadcast(left, right)))
 
 
 def minimum(context: Context, x: Any, y: Any) -> Protocol[Share]:
@@ -222,7 +225,7 @@ def _broadcast(x: Share, y: Share) -> tuple[Share, Share]:
 
 def amax(context: Context, x: Operand, dim: Sequence[int] = (), keepdim: bool = False) -> Protocol[Share]:
     """``amax``; three rounds for each halving."""
-    own = share_of(x)
+    own = yield from context.comparable(share_of(x))
     dims = tuple(d % own.words.dim() for d in dim) or tuple(range(own.words.dim()))
     rest = [d for d in range(own.words.dim()) if d not in dims]
     flat = own.map(lambda words: words.permute(*rest, *dims).flatten(len(rest)))
@@ -233,7 +236,8 @@ def amax(context: Context, x: Operand, dim: Sequence[int] = (), keepdim: bool = 
 
 def amin(context: Context, x: Operand, dim: Sequence[int] = (), keepdim: bool = False) -> Protocol[Share]:
     """``amin``; three rounds for each halving."""
-    return -(yield from amax(context, -share_of(x), dim, keepdim))
+    own = yield from context.comparable(share_of(x))
+    return -(yield from amax(context, -own, dim, keepdim))
 
 
 def argmax(context: Context, x: Operand, dim: int | None = None, keepdim: bool = False) -> Protocol[Share]:
@@ -285,7 +289,7 @@ def _topmost(
     context: Context, x: Share, count: int, dim: int, largest_first: bool, keepdim: bool
 ) -> Protocol[tuple[Share, Share]]:
     """The first elements along a dimension in order, and their indices."""
-    x = yield from functions.reduced(x, FRACTION_BITS)
+    x = yield from functions.reduced((yield from context.comparable(x)), FRACTION_BITS)
     last = x.map(lambda words: words.movedim(dim, -1))
     matrix = yield from ordering.order(last, count, largest_first, context.chunks)
     values, places = (yield from ordering.picked(matrix, last)), ordering.indices(matrix)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tacit.errors import UnsupportedOperator
-from tacit.mpc import functions, sign
+from tacit.mpc import functions
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol, together
 from tacit.program.lowering.operands import Context, Operand, scaled, share_of
@@ -15,23 +15,27 @@ from tacit.program.lowering.operands import Context, Operand, scaled, share_of
 
 def relu(context: Context, x: Operand) -> Protocol[Share]:
     """``relu``, which truncates on the way; three rounds."""
-    return (yield from sign.relu(share_of(x), chunks=context.chunks))
+    return (yield from context.relu(share_of(x)))
 
 
 def leaky_relu(context: Context, x: Operand, negative_slope: float = 0.01) -> Protocol[Share]:
     """``leaky_relu`` as slope·x + (1 - slope)·relu(x); three rounds."""
-    own, positive = yield from together(functions.reduced(share_of(x)), sign.relu(share_of(x), chunks=context.chunks))
-    return (yield from scaled(own, negative_slope)) + (yield from scaled(positive, 1 - negative_slope))
+    x = yield from context.comparable(share_of(x))
+    own, positive = yield from together(functions.reduced(x), context.relu(x))
+    return (yield from scaled(context, own, negative_slope)) + (
+        yield from scaled(context, positive, 1 - negative_slope)
+    )
 
 
 def elu(context: Context, x: Operand, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Protocol[Share]:
     """``elu`` as relu(x) + alpha·(e^min(x, 0) - 1); four rounds."""
     if input_scale != 1:
         raise UnsupportedOperator(f"elu with input_scale={input_scale} has no encrypted form")
-    own, positive = yield from together(functions.reduced(share_of(x)), sign.relu(share_of(x), chunks=context.chunks))
+    x = yield from context.comparable(share_of(x))
+    own, positive = yield from together(functions.reduced(x), context.relu(x))
     falling = yield from functions.exp(own - positive, context.chunks)
-    falling = yield from scaled(functions.shifted(falling, -1.0), alpha * scale)
-    return (yield from scaled(positive, scale)) + falling
+    falling = yield from scaled(context, functions.shifted(falling, -1.0), alpha * scale)
+    return (yield from scaled(context, positive, scale)) + falling
 
 
 def gelu(context: Context, x: Operand, *, approximate: str = "none") -> Protocol[Share]:
@@ -68,7 +72,7 @@ def _log(base: float, offset: float = 0.0) -> Callable[..., Protocol[Share]]:
     def lowering(context: Context, x: Operand) -> Protocol[Share]:
         own = share_of(x)
         result = yield from functions.log(functions.shifted(own, offset) if offset else own, chunks=context.chunks)
-        return result if base == math.e else (yield from scaled(result, 1 / math.log(base)))
+        return result if base == math.e else (yield from scaled(context, result, 1 / math.log(base)))
 
     return lowering
 

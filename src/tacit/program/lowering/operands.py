@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tacit.errors import UnsupportedOperator
-from tacit.mpc import linear, sign
+from tacit.mpc import exact, linear, sign
 from tacit.mpc.linear import Bilinear, Multiply, Swapped, Weight
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol
@@ -34,10 +35,41 @@ class Context:
         chunks: the size of every comparison window, in groups of 6 bits; 5 compare magnitudes up to 16,384.
         network: the link to plan for; where an operator can be had for fewer rounds or for fewer bytes, it decides.
             Without one, the fewest bytes and the least computing.
+        exact: whether truncations round down and comparisons see every bit, at the cost that `tacit.mpc.exact` states:
+            none for a ReLU in rounds, one more for a comparison, two for a truncation alone. Functions that are
+            approximated stay so.
+        windows: for operators by name, a size of their comparison window in the place of ``chunks``; found by
+            `tacit.program.calibrate`, which says what happens to a value outside.
     """
 
     chunks: int = sign.MAX_CHUNKS
     network: Network | None = None
+    exact: bool = False
+    windows: Mapping[str, int] = field(default_factory=dict)
+
+    def at(self, name: str) -> Context:
+        """The settings for the operator of this name."""
+        return replace(self, chunks=self.windows[name]) if name in self.windows else self
+
+    def truncate(self, x: Share, scale: int = FRACTION_BITS) -> Protocol[Share]:
+        """Drop fractional bits."""
+        return exact.truncate(x, scale) if self.exact else sign.truncate(x, scale)
+
+    def relu(self, x: Share) -> Protocol[Share]:
+        """max(x, 0), truncated to 16 fractional bits on the way."""
+        return exact.relu(x, chunks=self.chunks) if self.exact else sign.relu(x, chunks=self.chunks)
+
+    def nonnegative(self, x: Share) -> Protocol[Share]:
+        """1{x ≥ 0} at scale 0."""
+        return exact.nonnegative(x, self.chunks) if self.exact else sign.nonnegative(x, self.chunks)
+
+    def maximum(self, x: Share, y: Share) -> Protocol[Share]:
+        """The larger one, element by element."""
+        return exact.maximum(x, y, self.chunks) if self.exact else sign.maximum(x, y, self.chunks)
+
+    def comparable(self, x: Share) -> Protocol[Share]:
+        """A share whose comparisons are exact if that is asked for: truncated to 16 fractional bits then."""
+        return (yield from exact.truncate(x)) if self.exact and x.scale > FRACTION_BITS else x
 
 
 def is_private(value: Any) -> bool:
@@ -69,36 +101,36 @@ def constant(like: Share, value: Public) -> Share:
     return like.with_words(torch.zeros_like(words), FRACTION_BITS).plus_public(words)
 
 
-def fit(x: Share) -> Protocol[Share]:
+def fit(context: Context, x: Share) -> Protocol[Share]:
     """Truncate a share that would overflow in a product; most shares pass unchanged and for nothing."""
     if x.scale <= MAX_FACTOR_SCALE:
         return x
-    return (yield from sign.truncate(x))
+    return (yield from context.truncate(x))
 
 
-def product(x: Operand | Tensor, y: Operand | Tensor, op: Bilinear) -> Protocol[Share]:
+def product(context: Context, x: Operand | Tensor, y: Operand | Tensor, op: Bilinear) -> Protocol[Share]:
     """The bilinear map on any mix of shares, loaded weights and public tensors."""
     if isinstance(x, Weight | Tensor):
         x, y, op = y, x, Swapped(op) if not isinstance(op, Multiply | Swapped) else op
     if isinstance(x, Tensor | Weight):
         raise UnsupportedOperator("a product of two constants belongs to the model's owner, not to the parties")
-    x = yield from fit(x)
+    x = yield from fit(context, x)
     if isinstance(y, Tensor):
         words = encode(y, what="public operand").to(x.words.device)
         return x.with_words(op(x.words, words), x.scale + FRACTION_BITS)
     if isinstance(y, Weight):
         return (yield from linear.times_weight(x, y, op))
-    y = yield from fit(y)
+    y = yield from fit(context, y)
     return (yield from linear.times(x, y, op))
 
 
-def scaled(x: Operand, factor: float) -> Protocol[Share]:
+def scaled(context: Context, x: Operand, factor: float) -> Protocol[Share]:
     """x times a public number, truncating before or after where the scale would grow too far."""
     x = share_of(x)
     if linear.times_number(x, factor).scale > MAX_SCALE and x.scale > FRACTION_BITS:
-        x = yield from sign.truncate(x)
+        x = yield from context.truncate(x)
     result = linear.times_number(x, factor)
-    return result if result.scale <= MAX_SCALE else (yield from sign.truncate(result))
+    return result if result.scale <= MAX_SCALE else (yield from context.truncate(result))
 
 
 def plus(x: Operand, other: Operand | Public) -> Share:

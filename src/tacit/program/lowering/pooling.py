@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tacit.errors import UnsupportedOperator
-from tacit.mpc import linear, pooling, sign
+from tacit.mpc import linear, pooling
 from tacit.mpc.all_pairs import MAX_VALUES
 from tacit.mpc.linear import Multiply
 from tacit.mpc.lockstep import Meter, plan
 from tacit.mpc.shares import Share
-from tacit.mpc.steps import Protocol
+from tacit.mpc.steps import Protocol, Role
 from tacit.program.lowering.operands import Context, Operand, fit, share_of
 from tacit.program.network import SECONDS_PER_DEALT_BYTE, Network
 from tacit.ring.fixed_point import FRACTION_BITS
@@ -53,19 +54,38 @@ def max_pool_relu(
 
 def _pooled(context: Context, x: Share, windows: pooling.Windows, rectify: bool) -> Protocol[Share]:
     """By a tournament or by all pairs, whichever takes less time on the network that is planned for."""
-
-    def tournament(x: Share) -> Protocol[Share]:
-        best = yield from pooling.max_pool(x, windows, context.chunks)
-        return (yield from sign.relu(best, chunks=context.chunks)) if rectify else best
-
-    def all_pairs(x: Share) -> Protocol[Share]:
-        return (yield from pooling.max_pool_at_once(x, windows, rectify, context.chunks))
-
+    x = yield from context.comparable(x)
     network = context.network
     if network is None or math.prod(windows.kernel) > MAX_VALUES:
-        return (yield from tournament(x))
-    blank = x.map(lambda own: own.to("meta"))
-    return (yield from min((tournament, all_pairs), key=lambda way: _seconds(way(blank), network))(x))
+        way = _tournament
+    else:
+        way = _fastest(tuple(x.shape), x.scale, windows, rectify, context.chunks, context.exact, network)
+    return (yield from way(context, x, windows, rectify))
+
+
+def _tournament(context: Context, x: Share, windows: pooling.Windows, rectify: bool) -> Protocol[Share]:
+    best = yield from pooling.max_pool(x, windows, context.chunks)
+    return (yield from context.relu(best)) if rectify else best
+
+
+def _all_pairs(context: Context, x: Share, windows: pooling.Windows, rectify: bool) -> Protocol[Share]:
+    return (yield from pooling.max_pool_at_once(x, windows, rectify, context.chunks))
+
+
+@lru_cache(maxsize=1024)
+def _fastest(
+    shape: tuple[int, ...],
+    scale: int,
+    windows: pooling.Windows,
+    rectify: bool,
+    chunks: int,
+    exact: bool,
+    network: Network,
+) -> Callable[..., Protocol[Share]]:
+    """The choice, remembered: a run makes it anew, and planning takes far longer than pooling."""
+    context = Context(chunks, network, exact)
+    blank = Share(torch.empty(shape, dtype=torch.int64, device="meta"), scale, Role.ALICE)
+    return min((_tournament, _all_pairs), key=lambda way: _seconds(way(context, blank, windows, rectify), network))
 
 
 def _seconds(protocol: Protocol[Share], network: Network) -> float:
@@ -98,7 +118,7 @@ def avg_pool(
     """``avg_pool1d`` to ``avg_pool3d``; local."""
     if ceil_mode:
         raise UnsupportedOperator("average pooling with ceil_mode has no encrypted form yet")
-    own = yield from fit(share_of(x))
+    own = yield from fit(context, share_of(x))
     windows = _windows(own.words.dim() - 2, kernel, stride, padding, (1,), ceil_mode)
     if count_include_pad or not any(padding) or divisor_override:
         return pooling.average_pool(own, windows, divisor_override)
@@ -109,7 +129,7 @@ def avg_pool(
 
 def adaptive_avg_pool2d(context: Context, x: Operand, output_size: Sequence[int]) -> Protocol[Share]:
     """``adaptive_avg_pool2d``; local. Cell i of n over a size s averages rows floor(i·s/n) to ceil((i+1)·s/n)."""
-    own = yield from fit(share_of(x))
+    own = yield from fit(context, share_of(x))
     rows, columns = (
         [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
         for size, cells in zip(own.shape[-2:], output_size, strict=True)

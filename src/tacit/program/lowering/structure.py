@@ -161,7 +161,7 @@ def embedding(
 
     def protocol() -> Protocol[Share]:
         chosen = yield from tables.indicator(share_of(indices), size)
-        return (yield from product(chosen, weight, MatMul()))
+        return (yield from product(context, chosen, weight, MatMul()))
 
     return protocol()
 
@@ -185,11 +185,11 @@ def upsample_linear(operator: Callable[..., Tensor]) -> Callable[..., Protocol[S
     """Linear upsampling in one or two dimensions: a product with public weights for each; one round of truncation."""
 
     def lowering(context: Context, x: Operand, *args: Any) -> Protocol[Share]:
-        own = yield from fit(share_of(x))
+        own = yield from fit(context, share_of(x))
         sizes = own.shape[2:]
         unit = torch.eye(sizes.numel(), dtype=torch.float64).view(sizes.numel(), 1, *sizes)
         weights = operator(unit, *args)
-        result = yield from product(own.map(lambda words: words.flatten(2)), weights.flatten(1), MatMul())
+        result = yield from product(context, own.map(lambda words: words.flatten(2)), weights.flatten(1), MatMul())
         return result.map(lambda words: words.view(*own.shape[:2], *weights.shape[2:]))
 
     return lowering
