@@ -1,12 +1,13 @@
 """Train a network on shares: alice and bob never see an image, a label, a weight or a gradient.
 
     python examples/encrypted_training.py --steps 200
-    TACIT_DATA=/path/to/data python examples/encrypted_training.py --net lenet --steps 469
+    TACIT_DATA=/path/to/data python examples/encrypted_training.py --net lenet --steps 469 --processes
 
 Takes MNIST from the folder that TACIT_DATA names, else scikit-learn's digits. The same steps are taken in plaintext, on
-the same batches from the same initial weights, and both accuracies are printed. All three parties run in this process,
-so the time of a step is given a party: half of what the two take together. Each step's randomness is dealt just before
-it and timed apart.
+the same batches from the same initial weights, and both accuracies are printed. With --processes, alice, bob and the
+provider are processes of their own on this machine, and a step's time is what its client waits for. Otherwise all three
+run in this process, and the time is given a party: half of what the two take together. Each step's randomness is dealt
+just before it and timed apart.
 """
 
 import argparse
@@ -23,6 +24,10 @@ from tacit.data.digits import load_digits
 from tacit.data.examples import Examples
 from tacit.data.mnist import load_mnist
 from tacit.federated.models import lenet, two_nn
+from tacit.party.launch import LocalProcesses
+from tacit.party.trainer import ProcessTrainer
+from tacit.program.optimizers import Sgd
+from tacit.program.training import SharedLoss
 
 NETS = {"2nn": two_nn, "lenet": lenet}
 
@@ -35,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--processes", action="store_true", help="run the parties in processes of their own")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -46,8 +52,12 @@ def main() -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=args.lr, momentum=args.momentum)
     spent = {"plaintext": 0.0, "dealing": 0.0, "shares": 0.0}
 
-    with tacit.cluster() as parties:
-        trainer = parties.trainer(model, cross_entropy, lr=args.lr, momentum=args.momentum)
+    sgd, side_by_side = Sgd(args.lr, args.momentum), 1 if args.processes else 2
+    with LocalProcesses() if args.processes else tacit.cluster() as parties:
+        if isinstance(parties, LocalProcesses):
+            trainer = ProcessTrainer(parties, model, cross_entropy, sgd)
+        else:
+            trainer = parties.trainer(model, cross_entropy, optimizer=sgd)
         for step, rows in enumerate(batches(len(data.train), args.batch, args.steps), 1):
             images, labels = data.train.inputs[rows], data.train.targets[rows]
             start = time.perf_counter()
@@ -55,14 +65,17 @@ def main() -> None:
             stepped = time.perf_counter()
             trainer.deal(tuple(images.shape))
             dealt = time.perf_counter()
-            loss = trainer.step(images, labels)
+            outcome = trainer.step(images, labels)
             done = time.perf_counter()
             if step > 1:  # the first step compiles and plans
-                for name, seconds in zip(spent, (stepped - start, dealt - stepped, (done - dealt) / 2), strict=True):
+                for name, seconds in zip(
+                    spent, (stepped - start, dealt - stepped, (done - dealt) / side_by_side), strict=True
+                ):
                     spent[name] += seconds / max(1, args.steps - 1)
             if step % 20 == 0 or step == args.steps:
-                print(f"step {step:4}   loss on shares {loss.reveal():.4f}   in plaintext {plain_loss:.4f}")
-        cost = trainer.counted()
+                loss = outcome.reveal() if isinstance(outcome, SharedLoss) else trainer.loss()
+                print(f"step {step:4}   loss on shares {loss:.4f}   in plaintext {plain_loss:.4f}")
+        cost = trainer.cost(tuple(images.shape))
         encrypted = trainer.reveal()
 
     print(f"\n{data.name}, {args.net}, {args.steps} steps of {args.batch} images")

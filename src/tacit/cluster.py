@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tacit.mpc.linear import Weight
 from tacit.mpc.lockstep import Dealt, Meter, Tap, Trio
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.program.audit import Audit, audit
+from tacit.program.calibrate import Calibration, calibrate
 from tacit.program.lowering import Context
 from tacit.program.optimizers import Optimizer, Sgd
 from tacit.program.rewrite import Model, simplify
@@ -90,11 +91,14 @@ class Cluster:
             settings: of SGD, where no optimizer is given: ``lr``, ``momentum``, ``weight_decay``.
 
         Raises:
-            InputError: the model has nothing to train, or a setting is out of range.
+            InputError: the model has nothing to train, a setting is out of range, or the context asks for exact mode or
+                calibrated windows, which training has not.
             RangeError: a weight is not finite, or of magnitude 64 or more.
         """
         if optimizer is not None and settings:
             raise InputError(f"{', '.join(settings)}: settings belong to the optimizer that is given")
+        if context is not None and (context.exact or context.windows):
+            raise InputError("training has no exact mode and no calibrated windows: leave them out of its context")
         return Trainer(self._trio, self._owner, model, loss, optimizer or Sgd(**settings), context or Context())
 
     def __enter__(self) -> Cluster:
@@ -205,6 +209,12 @@ class PrivateModel:
         """Compare every operator on shares with floating point, on sample inputs of the owner's; see `audit`."""
         inputs = _checked(inputs, self._item_shape)
         return audit(self._program(tuple(inputs.shape)).simple, [inputs.to(self._dtype)], self._context)
+
+    def calibrate(self, samples: Tensor, margin: float = 4.0) -> Calibration:
+        """Choose comparison windows on sample inputs of the owner's, in the clear; see `calibrate`."""
+        samples = _checked(samples, self._item_shape)
+        simple = self._program(tuple(samples.shape)).simple
+        return calibrate(simple, [samples.to(self._dtype)], replace(self._context, windows={}), margin)
 
     def _program(self, shape: tuple[int, ...]) -> _Program:
         """The model for inputs of this shape, traced, planned and loaded when it is first needed."""

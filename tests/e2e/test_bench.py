@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tacit import cluster
 from tacit.bench import nets
 from tacit.cli.main import app, main
 from tacit.errors import InputError
@@ -49,11 +50,61 @@ def test_bench_inference_prints_consistent_figures() -> None:
     assert set(figures["versions"]) >= {"python", "torch"}
 
 
-@pytest.mark.parametrize("arguments", [["--net", "alexnet"], ["--batch", "0"], ["--repeat", "0"]])
+TRAINING_KEYS = {
+    "net",
+    "batch",
+    "steps",
+    "step_s",
+    "step_min_s",
+    "deal_s",
+    "plaintext_step_s",
+    "step_over_plaintext",
+    "deal_over_plaintext",
+    "bytes_online_per_party",
+    "bytes_dealt",
+    "rounds",
+    "max_abs_error_weights",
+    "peak_rss_mb",
+    "threads",
+    "versions",
+}
+
+
+def test_bench_training_prints_consistent_figures() -> None:
+    run = CliRunner().invoke(
+        app, ["bench", "training", "--net", "mlp", "--batch", "2", "--steps", "2", "--json"], catch_exceptions=False
+    )
+    assert run.exit_code == 0
+    figures = json.loads(run.stdout.strip().splitlines()[-1])
+    assert set(figures) == TRAINING_KEYS | {"profile"}
+    assert [figures[key] for key in ("net", "batch", "steps", "threads")] == ["mlp", 2, 2, 1]
+    # What the same step costs in one process, planned there by the trainer that runs it.
+    with cluster() as parties:
+        cost = parties.trainer(nets.build("mlp")[0]).cost((2, 784))
+    counted = [figures[key] for key in ("rounds", "bytes_online_per_party", "bytes_dealt")]
+    assert counted == [cost.rounds, cost.bytes_online, cost.bytes_dealt]
+    # Units of 2^-16 in 128 activations and gradients, at a rate of 0.1 over three steps.
+    assert figures["max_abs_error_weights"] < 128 * 2.0**-16
+    assert figures["step_min_s"] <= figures["step_s"]
+    assert figures["step_over_plaintext"] == pytest.approx(figures["step_s"] / figures["plaintext_step_s"])
+    assert figures["profile"]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("inference", ["--net", "alexnet"]),
+        ("inference", ["--batch", "0"]),
+        ("inference", ["--repeat", "0"]),
+        ("training", ["--net", "resnet18"]),
+        ("training", ["--batch", "0"]),
+        ("training", ["--steps", "0"]),
+    ],
+)
 def test_mistakes_are_one_line(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["tacit", "bench", "inference", *arguments])
+    monkeypatch.setattr(sys, "argv", ["tacit", "bench", command, *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from tacit.errors import CodecError, CorrelationError, PeerError
+from tacit.errors import CodecError, CorrelationError, InputError, PeerError, UnsupportedOperator
 from tacit.mpc import sign
 from tacit.mpc.correlation import Part, Party, Provider
 from tacit.mpc.linear import MatMul, Product
@@ -24,12 +24,17 @@ from tacit.party import calls
 from tacit.party.driver import Pool, drive
 from tacit.party.launch import LocalProcesses
 from tacit.party.programs import Program, decode_program, encode_program
+from tacit.party.trainer import ProcessTrainer
+from tacit.party.training import TrainingProgram, decode_training_program, encode_training_program
 from tacit.party.transport import Link, accept, connect, listen
+from tacit.program.backward import PARAMETER_BITS
 from tacit.program.lowering import Context
+from tacit.program.optimizers import Adam, Sgd
 from tacit.program.rewrite import Model, simplify
+from tacit.program.step import StepProgram
 from tacit.ring.fixed_point import FRACTION_BITS, encode
 from tacit.ring.prg import Prg
-from tacit.trace import Node, trace
+from tacit.trace import Graph, Node, Ref, trace
 from tacit.wire import Kind, head_bytes
 
 TOKEN = bytes(range(16))
@@ -286,8 +291,117 @@ def test_unknown_settings_and_arguments_of_a_program_are_refused() -> None:
             decode_program(msgspec.msgpack.encode(packed))
 
 
+def node(name: str, operator: str, *args: Any, shape: tuple[int, ...] = (2, 3)) -> Node:
+    return Node(name, operator, args, {}, shape, "secret.layer", "secret.py:1: line")
+
+
+def hand_written_step(**changes: Any) -> TrainingProgram:
+    """w ← number·w² + constant, with every kind of thing that a training step's encoding holds."""
+    view = (("transpose", (0, 1)), ("reshape", ((2, 3),)))
+    nodes = (
+        node("w_masked", "tacit.mask", Ref("w"), "w_masked", 16),
+        node("square", "tacit.multiply", Ref("w_masked"), view, Ref("w_masked"), view),
+        node("weighed", "tacit.weigh", Ref("square"), Ref("number")),
+        node("biased", "aten.add.Tensor", Ref("weighed"), Ref("constant")),
+        node("new", "tacit.truncate", Ref("biased"), PARAMETER_BITS),
+        node("loss", "aten.sum.default", Ref("x"), shape=()),
+    )
+    inputs = ("w", "x", "y", "number", "constant")
+    graph = changes.pop("graph", Graph(inputs, (), nodes, ("new", "loss")))
+    constant = changes.pop("constant", torch.arange(6, dtype=torch.float32).reshape(3, 2).T)
+    step = StepProgram(graph, (constant,), labels_sum_to_one=True)
+    settings = {"state": {"w": (2, 3)}, "batch": ((2,), (2, 1)), "numbers": 1, "context": Context(chunks=4)}
+    return TrainingProgram(step, **(settings | changes))
+
+
+def test_a_training_step_survives_its_encoding_but_for_where_it_came_from() -> None:
+    program = hand_written_step()
+    again = decode_training_program(encode_training_program(program))
+    assert [n.args for n in again.step.graph.nodes] == [n.args for n in program.step.graph.nodes]
+    assert [n.operator for n in again.step.graph.nodes] == [n.operator for n in program.step.graph.nodes]
+    assert {(n.layer, n.source) for n in again.step.graph.nodes} == {("", "")}
+    assert b"secret" not in encode_training_program(program)
+    (constant,), (sent,) = again.step.constants, program.step.constants
+    assert constant.dtype == sent.dtype
+    assert torch.equal(constant, sent)
+    assert (again.state, again.batch, again.numbers) == (program.state, program.batch, program.numbers)
+    assert (again.context, again.step.labels_sum_to_one) == (program.context, True)
+    assert again.updated == ("w",)
+    assert again.cost().correlations == program.cost().correlations
+    assert len(set(again.cost().correlations)) == len(again.cost().correlations)
+
+
+def test_a_training_step_that_does_not_parse_or_hold_together_is_refused() -> None:
+    data = encode_training_program(hand_written_step())
+    for broken in (b"", data[:40], data[:-1], data + b"\x00", encode_program(small_program()[1])):
+        with pytest.raises(CodecError):
+            decode_training_program(broken)
+    packed = msgspec.msgpack.decode(data)
+    inputs, nodes, outputs, (constant,) = packed[:4]
+
+    def with_node(position: int, field: int, value: Any) -> list[Any]:
+        return [[*n[:field], value, *n[field + 1 :]] if i == position else n for i, n in enumerate(nodes)]
+
+    changes: list[tuple[int, Any, str]] = [
+        (1, with_node(0, 1, "aten.system.default"), "operator that this side does not know"),
+        (1, with_node(0, 0, "w"), "a name is used twice"),
+        (1, with_node(0, 2, [{"ref": "new"}, "w_masked", 16]), "a node takes what none before it gives"),
+        (0, ["w", "w", *inputs[2:]], "gives one name to two"),
+        (2, [*outputs, "nothing"], "returns something that no node"),
+        (2, [], "a part of its state and the loss"),
+        (3, [constant, constant], "one input for each tensor"),
+        (3, [["torch.Tensor", *constant[1:]]], "a dtype or shape"),
+        (3, [[constant[0], [-2, -3], constant[2]]], "a dtype or shape"),
+        (3, [[*constant[:2], constant[2][:-1]]], "another number of bytes"),
+        (5, [["w", [2, 3]], ["w", [2, 3]]], "one input for each tensor"),
+        (7, -1, "one input for each tensor"),
+        (8, packed[8] | {"unheard_of": 1}, "settings"),
+    ]
+    for position, value, reason in changes:
+        changed = [*packed[:position], value, *packed[position + 1 :]]
+        with pytest.raises(CodecError, match=reason):
+            decode_training_program(msgspec.msgpack.encode(changed))
+
+
+def test_a_training_step_that_does_not_fit_its_shapes_is_refused_before_anything_is_dealt() -> None:
+    with pytest.raises(InputError, match="does not fit its shapes"):
+        hand_written_step(state={"w": (2, 4)}).cost()
+    graph = hand_written_step().step.graph
+    for outputs in (("square", "loss"), ("loss", "loss"), ("w_masked", "loss"), ("new", "w_masked")):
+        with pytest.raises(InputError, match="other shapes or scales"):
+            hand_written_step(graph=Graph(graph.inputs, (), graph.nodes, outputs)).cost()
+    unviewed = Node("square", "tacit.multiply", (Ref("w_masked"), (("storage", ()),), Ref("w_masked"), ()), {})
+    nodes = tuple(unviewed if one.name == "square" else one for one in graph.nodes)
+    with pytest.raises(UnsupportedOperator, match="'storage' is not a view"):
+        hand_written_step(graph=Graph(graph.inputs, (), nodes, graph.outputs)).cost()
+
+
+def test_a_training_step_runs_only_on_what_it_was_made_for() -> None:
+    program, prg = hand_written_step(), Prg.fresh()
+    w, x, y = (share(prg.words(shape), 16, prg)[0] for shape in ((2, 3), (2,), (2, 1)))
+    for state, batch, numbers, reason in (
+        ({}, [x, y], [0.5], "state kept"),
+        ({"v": w}, [x, y], [0.5], "state kept"),
+        ({"w": x}, [x, y], [0.5], "state kept"),
+        ({"w": w}, [y, x], [0.5], "batch"),
+        ({"w": w}, [x], [0.5], "batch"),
+        ({"w": w}, [x, y], [], "takes 1 numbers"),
+        ({"w": w}, [x, y], [1.5], "takes 1 numbers"),
+        ({"w": w}, [x, y], [float("nan")], "takes 1 numbers"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            program.run(state, batch, numbers)
+    program.run({"w": w}, [x, y], [0.5]).close()
+
+
 def test_calls_are_told_apart_and_checked() -> None:
-    for call in (calls.Join({"alice": 1}), calls.Deal(), calls.Run([16], True), calls.Load(["w"], [16])):
+    for call in (
+        calls.Join({"alice": 1}),
+        calls.Deal(),
+        calls.Run([16], True),
+        calls.Load(["w"], [16]),
+        calls.Step([0.5]),
+    ):
         assert calls.decode_call(calls.encode(call)) == call
         with pytest.raises(CodecError):
             calls.decode_answer(calls.encode(call))
@@ -353,3 +467,61 @@ def test_no_process_is_left_behind_by_an_interrupt_or_a_failed_call() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert all(map(gone, pids))
+
+
+def trained_in_plaintext(model: nn.Module, optimizer: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Take the steps; the loss of the last one."""
+    for inputs, labels in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_three_processes_train_as_plaintext_does() -> None:
+    torch.manual_seed(1)
+    model = Small()
+    inputs, labels = torch.linspace(-1, 1, 5 * 36).reshape(5, 1, 6, 6), torch.tensor([0, 1, 2, 3, 4])
+    batches = [(inputs[:3], labels[:3]), (inputs[2:], labels[2:]), (inputs, labels)]
+    with LocalProcesses() as processes:
+        trainer = ProcessTrainer(processes, model, optimizer=Sgd(0.1, momentum=0.5))
+        shape = (3, 1, 6, 6)
+        planned = trainer.install(shape)
+        for _ in range(2):  # two steps ahead
+            assert trainer.deal(shape).nbytes == planned.bytes_dealt
+        with pytest.raises(InputError, match="2 steps were dealt for batches of another shape"):
+            trainer.step(*batches[2])
+        for bad in ((inputs[:3], torch.tensor([0, 1, 5])), (inputs[:0], labels[:0]), (inputs[:3], labels[:2])):
+            with pytest.raises(InputError):
+                trainer.step(*bad)
+        for batch in batches[:2]:
+            outcome = trainer.step(*batch, by_layer=True)
+            assert outcome.outputs == ()
+            for party in (outcome.alice, outcome.bob):
+                assert (party.rounds, party.bytes_online, party.scales) == (planned.rounds, planned.bytes_online, [])
+                assert party.layers.keys() & trainer.operators(shape).keys()
+        trainer.step(*batches[2])  # of another shape, dealt on the spot
+        plain = Small()
+        plain.load_state_dict(model.state_dict())
+        loss = trained_in_plaintext(plain, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.5), batches)
+        # Units of 2^-16 in activations and their gradients, over windows of 16 positions and three steps.
+        assert abs(trainer.loss() - loss) < 2.0**-10
+        for ours, theirs in zip(trainer.reveal().parameters(), plain.parameters(), strict=True):
+            assert (ours - theirs).abs().max() < 2.0**-10
+        assert repr(trainer) == "ProcessTrainer(3 steps, shared by alice and bob)"
+
+        # The same processes go on with another model, whose optimizer takes public numbers.
+        linear = nn.Linear(4, 3)
+        adam = ProcessTrainer(processes, linear, optimizer=Adam(0.1, eps=2.0**-8))
+        pairs = [(torch.eye(4), torch.tensor([0, 1, 2, 0]))] * 2
+        for pair in pairs:
+            adam.step(*pair)
+        plain_linear = nn.Linear(4, 3)
+        plain_linear.load_state_dict(linear.state_dict())
+        trained_in_plaintext(plain_linear, torch.optim.Adam(plain_linear.parameters(), lr=0.1, eps=2.0**-8), pairs)
+        # Epsilon lies under the root here: a gradient of 0.05 or more moves a weight by 1% of the rate less.
+        for ours, theirs in zip(adam.reveal().parameters(), plain_linear.parameters(), strict=True):
+            assert (ours - theirs).abs().max() < 0.02
+        with pytest.raises(PeerError, match=r"(alice|bob) has a training step where a model is needed"):
+            processes.run([share(torch.zeros(2, 1, 6, 6, dtype=torch.int64), FRACTION_BITS, Prg.fresh())])

@@ -37,7 +37,7 @@ class Load(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Deal(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Deal, or receive and prepare, what one run takes."""
+    """Deal, or receive and prepare, what one run or step takes."""
 
 
 class Run(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -52,11 +52,53 @@ class Run(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     by_layer: bool = False
 
 
+class InstallTraining(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Check and plan a training step; see `tacit.party.training`."""
+
+    program: bytes
+
+
+class Keep(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Keep the parameters and the optimizer's state whose shares come with this call, in the place of any others.
+
+    Args:
+        names: of the tensors.
+    """
+
+    names: list[str]
+
+
+class Step(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Take a training step on the batch whose shares come with this call; what it leaves stays with the parties.
+
+    Args:
+        numbers: the optimizer's public numbers for this step.
+        by_layer: whether to take the time of every operator.
+    """
+
+    numbers: list[float]
+    by_layer: bool = False
+
+
+class Reveal(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Give the owner this party's shares of what it keeps.
+
+    Args:
+        names: of the tensors.
+    """
+
+    names: list[str]
+
+
+class RevealLoss(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Give the caller this party's share of the last step's loss."""
+
+
 class Usage(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Say how much memory has been used."""
 
 
-Call = Join | Install | Load | Deal | Run | Usage
+Call = Join | Install | Load | Deal | Run | InstallTraining | Keep | Step | Reveal | RevealLoss | Usage
 
 
 class Done(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -82,7 +124,7 @@ class Planned(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Ran(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """A run has ended; its output shares come with this answer.
+    """A run has ended, and its output shares come with this answer; or a step, which leaves nothing to send.
 
     Args:
         scales: the outputs' fractional bits.
@@ -103,13 +145,23 @@ class Ran(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     layers: dict[str, float] = {}
 
 
+class Held(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Shares that were asked for come with this answer.
+
+    Args:
+        scales: their fractional bits.
+    """
+
+    scales: list[int]
+
+
 class Used(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """The largest resident memory so far, in MB of 10^6 bytes."""
 
     peak_rss_mb: float
 
 
-Answer = Done | Planned | Ran | Used
+Answer = Done | Planned | Ran | Held | Used
 
 
 class Failure(msgspec.Struct, tag=True, forbid_unknown_fields=True):

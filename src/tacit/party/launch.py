@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, TypeVar
@@ -19,9 +19,29 @@ from tacit.errors import CodecError, PeerError
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Role
 from tacit.party import calls
-from tacit.party.calls import Answer, Call, Deal, Done, Install, Join, Load, Planned, Ran, Run, Usage, Used
+from tacit.party.calls import (
+    Answer,
+    Call,
+    Deal,
+    Done,
+    Held,
+    Install,
+    InstallTraining,
+    Join,
+    Keep,
+    Load,
+    Planned,
+    Ran,
+    Reveal,
+    RevealLoss,
+    Run,
+    Step,
+    Usage,
+    Used,
+)
 from tacit.party.process import ALICE, BOB, LAUNCHER, NAMES, PROVIDER
 from tacit.party.programs import Program, encode_program
+from tacit.party.training import TrainingProgram, encode_training_program
 from tacit.party.transport import TOKEN_BYTES, Link, connect
 from tacit.wire import Kind
 
@@ -38,6 +58,7 @@ _STARTING_S = 120.0
 _STOPPING_S = 5.0
 _REAPING_S = 1.0
 Pair = tuple[Share, Share]
+_Reply = tuple[Answer, tuple[Tensor, ...]]
 T = TypeVar("T")
 
 
@@ -109,13 +130,16 @@ class LocalProcesses:
         """The process id of ``alice``, ``bob`` or ``provider``."""
         return self._processes[name].pid
 
-    def install(self, program: Program) -> Planned:
-        """Send a program to all three, which check and plan it.
+    def install(self, program: Program | TrainingProgram) -> Planned:
+        """Send a program, or a training step, to all three, which check and plan it; it replaces the one before.
 
         Raises:
             PeerError: they do not come to the same plan, or one of them failed.
         """
-        plans = self._all(Install(encode_program(program)))
+        if isinstance(program, TrainingProgram):
+            plans = self._all(InstallTraining(encode_training_program(program)))
+        else:
+            plans = self._all(Install(encode_program(program)))
         planned = {(plan.rounds, plan.bytes_online, plan.bytes_dealt) for plan in _of(Planned, plans)}
         if len(planned) != 1:
             raise PeerError("alice, bob and the provider plan the program differently: do they run the same version?")
@@ -128,8 +152,7 @@ class LocalProcesses:
             PeerError: one of them failed.
         """
         call = Load(list(state), [pair[0].scale for pair in state.values()])
-        shares = {ALICE: [pair[0].words for pair in state.values()], BOB: [pair[1].words for pair in state.values()]}
-        answers = _of(Done, self._all(call, shares))
+        answers = _of(Done, self._all(call, _sides(state.values())))
         return max(answers, key=lambda done: done.wall_s)
 
     def deal(self) -> Dealt:
@@ -154,18 +177,52 @@ class LocalProcesses:
             PeerError: one of them failed.
         """
         call = Run([pair[0].scale for pair in inputs], by_layer)
-        shares = {ALICE: [pair[0].words for pair in inputs], BOB: [pair[1].words for pair in inputs]}
-        began = time.perf_counter()
-        answers = self._all(call, shares, names=(ALICE, BOB))
-        seconds = time.perf_counter() - began
+        answers, seconds = self._timed(call, inputs)
         alice, bob = _of(Ran, answers)
-        outputs = tuple(
-            (Share(left, left_scale, Role.ALICE), Share(right, right_scale, Role.BOB))
-            for left, left_scale, right, right_scale in zip(
-                answers[0][1], alice.scales, answers[1][1], bob.scales, strict=True
-            )
-        )
-        return Outcome(outputs, alice, bob, seconds)
+        return Outcome(_pairs(answers, alice.scales, bob.scales), alice, bob, seconds)
+
+    def keep(self, state: Mapping[str, Pair]) -> None:
+        """Send the shares of parameters and of the optimizer's state to alice and bob, who keep them from step to step.
+
+        Raises:
+            PeerError: one of them failed.
+        """
+        _of(Done, self._all(Keep(list(state)), _sides(state.values()), names=(ALICE, BOB)))
+
+    def step(self, batch: Sequence[Pair], numbers: Sequence[float] = (), *, by_layer: bool = False) -> Outcome:
+        """Take a step of the installed training on a shared batch; `keep` and `deal` must have gone before.
+
+        Args:
+            batch: alice's and bob's share of the inputs and of the labels.
+            numbers: the optimizer's public numbers for this step.
+            by_layer: whether the parties take the time of every operator.
+
+        Returns:
+            No outputs: parameters, state and loss stay with the parties.
+
+        Raises:
+            PeerError: one of them failed.
+        """
+        answers, seconds = self._timed(Step(list(numbers), by_layer), batch)
+        alice, bob = _of(Ran, answers)
+        return Outcome((), alice, bob, seconds)
+
+    def reveal(self, names: Sequence[str]) -> dict[str, Pair]:
+        """Both shares of what the parties keep, for its owner.
+
+        Raises:
+            PeerError: one of them failed, or does not keep a state of these names.
+        """
+        return dict(zip(names, self._asked(Reveal(list(names))), strict=True))
+
+    def reveal_loss(self) -> Pair:
+        """Both shares of the last step's loss, before its update.
+
+        Raises:
+            PeerError: one of them failed, or there has been no step.
+        """
+        (pair,) = self._asked(RevealLoss())
+        return pair
 
     def peak_rss_mb(self) -> dict[str, float]:
         """The largest resident memory of each process so far, in MB of 10^6 bytes."""
@@ -215,7 +272,7 @@ class LocalProcesses:
 
     def _all(
         self, call: Call, tensors: Mapping[str, Sequence[Tensor]] | None = None, names: Sequence[str] = NAMES
-    ) -> list[tuple[Answer, tuple[Tensor, ...]]]:
+    ) -> list[_Reply]:
         """Call several processes at once and collect their answers, all of them before any failure is raised."""
         failures: list[tuple[str, calls.Failure]] = []
         answers = []
@@ -243,6 +300,17 @@ class LocalProcesses:
             raise self._blamed(failures)
         return answers
 
+    def _timed(self, call: Call, shares: Sequence[Pair]) -> tuple[Sequence[_Reply], float]:
+        """Call alice and bob; seconds from sending the first share to receiving the last one's answer."""
+        began = time.perf_counter()
+        answers = self._all(call, _sides(shares), names=(ALICE, BOB))
+        return answers, time.perf_counter() - began
+
+    def _asked(self, call: Call) -> tuple[Pair, ...]:
+        answers = self._all(call, names=(ALICE, BOB))
+        alice, bob = _of(Held, answers)
+        return _pairs(answers, alice.scales, bob.scales)
+
     def _blamed(self, failures: Sequence[tuple[str, calls.Failure]]) -> PeerError:
         """The failure that led to the others: one of a process's own, else the end of one that was killed."""
         for name, failure in failures:
@@ -259,7 +327,19 @@ class LocalProcesses:
         return PeerError(f"{name}: {failure.text}")
 
 
-def _of(kind: type[T], answers: Sequence[tuple[Answer, tuple[Tensor, ...]]]) -> list[T]:
+def _sides(pairs: Iterable[Pair]) -> dict[str, list[Tensor]]:
+    """What to send to alice and what to bob."""
+    both = list(pairs)
+    return {ALICE: [alice.words for alice, _ in both], BOB: [bob.words for _, bob in both]}
+
+
+def _pairs(answers: Sequence[_Reply], alice: Sequence[int], bob: Sequence[int]) -> tuple[Pair, ...]:
+    """The shares that came with alice's and with bob's answer, at the scales that they gave."""
+    parts = zip(answers[0][1], alice, answers[1][1], bob, strict=True)
+    return tuple((Share(one, s, Role.ALICE), Share(other, t, Role.BOB)) for one, s, other, t in parts)
+
+
+def _of(kind: type[T], answers: Sequence[_Reply]) -> list[T]:
     """The answers, all of which must be of one kind."""
     found: list[T] = [answer for answer, _ in answers if isinstance(answer, kind)]
     if len(found) != len(answers):

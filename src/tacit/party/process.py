@@ -22,19 +22,25 @@ from tacit.mpc.correlation import Correlation, Party, Provider
 from tacit.mpc.linear import Weight
 from tacit.mpc.lockstep import Meter
 from tacit.mpc.shares import Share
-from tacit.mpc.steps import Role
+from tacit.mpc.steps import Protocol, Role
 from tacit.party.calls import (
     Answer,
     Call,
     Deal,
     Done,
     Failure,
+    Held,
     Install,
+    InstallTraining,
     Join,
+    Keep,
     Load,
     Planned,
     Ran,
+    Reveal,
+    RevealLoss,
     Run,
+    Step,
     Usage,
     Used,
     decode_call,
@@ -42,8 +48,11 @@ from tacit.party.calls import (
 )
 from tacit.party.driver import Pool, Watch, drive
 from tacit.party.programs import Program, decode_program
+from tacit.party.training import TrainingProgram, decode_training_program
 from tacit.party.transport import TOKEN_BYTES, Link, accept, connect, listen
+from tacit.program.backward import PARAMETER_BITS
 from tacit.program.run import Cost, execute, load
+from tacit.ring.fixed_point import FRACTION_BITS
 from tacit.ring.prg import SEED_BYTES, Prg
 from tacit.wire import Frame, Item, Kind
 
@@ -63,7 +72,7 @@ class _Process(ABC):
 
     def __init__(self, name: str, token: bytes, listener: socket.socket) -> None:
         self.name, self.token, self.listener = name, token, listener
-        self._installed: tuple[Program, Cost] | None = None
+        self._installed: tuple[Program | TrainingProgram, Cost] | None = None
 
     def handle(self, call: Call, frame: Frame) -> tuple[Answer, Sequence[Share]]:
         """Carry out a call; the answer, and shares to go with it."""
@@ -71,30 +80,53 @@ class _Process(ABC):
             case Join(ports):
                 return self._timed(lambda: self.join(ports)), ()
             case Install(data):
-                program = decode_program(data)
-                cost = program.cost()
-                self._installed = program, cost
-                return Planned(cost.rounds, cost.bytes_online, cost.bytes_dealt), ()
+                return self._install(decode_program(data)), ()
+            case InstallTraining(data):
+                return self._install(decode_training_program(data)), ()
             case Load():
                 return self._timed(lambda: self.load(call, frame)), ()
             case Deal():
                 return self._timed(lambda: self.deal(self.cost.correlations)), ()
             case Run():
                 return self.run(call, frame)
+            case Keep(names):
+                return self._timed(lambda: self.keep(names, frame)), ()
+            case Step():
+                return self.step(call, frame), ()
+            case Reveal(names):
+                return _held(self.reveal(names))
+            case RevealLoss():
+                return _held([self.loss()])
             case Usage():
                 return Used(peak_rss_mb()), ()
 
     @property
     def program(self) -> Program:
-        """The installed program."""
-        return self._required()[0]
+        """The installed program for prediction."""
+        program = self._required()[0]
+        if not isinstance(program, Program):
+            raise InputError(f"{self.name} has a training step where a model is needed: install that first")
+        return program
+
+    @property
+    def training(self) -> TrainingProgram:
+        """The installed training step."""
+        program = self._required()[0]
+        if not isinstance(program, TrainingProgram):
+            raise InputError(f"{self.name} has a model where a training step is needed: install that first")
+        return program
 
     @property
     def cost(self) -> Cost:
-        """Its plan."""
+        """The plan of whichever is installed."""
         return self._required()[1]
 
-    def _required(self) -> tuple[Program, Cost]:
+    def _install(self, program: Program | TrainingProgram) -> Planned:
+        cost = program.cost()
+        self._installed = program, cost
+        return Planned(cost.rounds, cost.bytes_online, cost.bytes_dealt)
+
+    def _required(self) -> tuple[Program | TrainingProgram, Cost]:
         if self._installed is None:
             raise InputError(f"{self.name} has no program: install one first")
         return self._installed
@@ -119,6 +151,22 @@ class _Process(ABC):
     @abstractmethod
     def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
         """Run the program on input shares."""
+
+    @abstractmethod
+    def keep(self, names: Sequence[str], frame: Frame) -> int:
+        """Keep the state of a training; bytes sent for it."""
+
+    @abstractmethod
+    def step(self, call: Step, frame: Frame) -> Ran:
+        """Take a training step on shares of a batch."""
+
+    @abstractmethod
+    def reveal(self, names: Sequence[str]) -> Sequence[Share]:
+        """Shares of the state of a training."""
+
+    @abstractmethod
+    def loss(self) -> Share:
+        """The share of the last step's loss."""
 
 
 class _ProviderProcess(_Process):
@@ -148,6 +196,18 @@ class _ProviderProcess(_Process):
     def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
         raise InputError("the provider takes no part in a run")
 
+    def keep(self, names: Sequence[str], frame: Frame) -> int:
+        raise InputError("the provider keeps nothing of a training")
+
+    def step(self, call: Step, frame: Frame) -> Ran:
+        raise InputError("the provider takes no part in a step")
+
+    def reveal(self, names: Sequence[str]) -> Sequence[Share]:
+        raise InputError("the provider keeps nothing of a training")
+
+    def loss(self) -> Share:
+        raise InputError("the provider keeps nothing of a training")
+
 
 class _PartyProcess(_Process):
     """alice or bob."""
@@ -168,6 +228,8 @@ class _PartyProcess(_Process):
         self._role = Role(self.name)
         self._party = Party(self._role, Prg(self._provider.receive(Kind.SEED, limit=0).body))
         self._pool, self._number = Pool(), 0
+        self._kept: dict[str, Share] = {}
+        self._loss: Share | None = None
         return 0
 
     def load(self, call: Load, frame: Frame) -> int:
@@ -193,29 +255,64 @@ class _PartyProcess(_Process):
         return 0
 
     def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
-        program, link = self.program, self._peer
+        program = self.program
         if tuple(tuple(words.shape) for words in frame.tensors) != program.inputs:
             raise InputError("the inputs do not have the shapes of the installed program's")
         inputs = [self._share(words, scale) for words, scale in zip(frame.tensors, call.scales, strict=True)]
-        meter = Watch(time.perf_counter if call.by_layer else None)
+        outputs, ran = self._driven(
+            execute(program.graph, self._state, inputs, program.context, program.ready), call.by_layer
+        )
+        ran.scales = [output.scale for output in outputs]
+        return ran, outputs
+
+    def keep(self, names: Sequence[str], frame: Frame) -> int:
+        if len(names) != len(frame.tensors) or len(set(names)) < len(names):
+            raise InputError("a state is kept with one name for each tensor")
+        shares = [self._share(words, PARAMETER_BITS) for words in frame.tensors]
+        self._kept, self._loss = dict(zip(names, shares, strict=True)), None
+        return 0
+
+    def step(self, call: Step, frame: Frame) -> Ran:
+        batch = [self._share(words, FRACTION_BITS) for words in frame.tensors]
+        (*updated, self._loss), ran = self._driven(self.training.run(self._kept, batch, call.numbers), call.by_layer)
+        self._kept |= dict(zip(self.training.updated, updated, strict=True))
+        return ran
+
+    def reveal(self, names: Sequence[str]) -> Sequence[Share]:
+        if not self._kept.keys() >= set(names):
+            raise InputError(f"{self.name} does not keep a state of all these names")
+        return [self._kept[name] for name in names]
+
+    def loss(self) -> Share:
+        if self._loss is None:
+            raise InputError(f"{self.name} has no loss: take a step first")
+        return self._loss
+
+    def _driven(self, protocol: Protocol[Sequence[Share]], by_layer: bool) -> tuple[Sequence[Share], Ran]:
+        """Run a protocol with the other party; what it gives, and what it took."""
+        link, meter = self._peer, Watch(time.perf_counter if by_layer else None)
         waited, moved, opened = link.waited_s, link.moved_s, link.bytes_opened
         began = time.perf_counter()
-        outputs = drive(execute(program.graph, self._state, inputs, program.context, program.ready), self._pool, link, meter)
+        outputs = drive(protocol, self._pool, link, meter)
         ran = Ran(
-            [output.scale for output in outputs],
+            [],
             meter.rounds,
             link.bytes_opened - opened,
             time.perf_counter() - began,
             link.waited_s - waited,
             link.moved_s - moved,
-            {name: count.seconds for name, count in meter.layers.items()} if call.by_layer else {},
+            {name: count.seconds for name, count in meter.layers.items()} if by_layer else {},
         )
-        return ran, outputs
+        return outputs, ran
 
     def _share(self, words: torch.Tensor, scale: int) -> Share:
         if words.dtype != torch.int64:
             raise InputError(f"a share has dtype {words.dtype}: shares are int64")
         return Share(words, scale, self._role)
+
+
+def _held(shares: Sequence[Share]) -> tuple[Held, Sequence[Share]]:
+    return Held([share.scale for share in shares]), shares
 
 
 def _zipped(call: Load, frame: Frame) -> list[tuple[str, torch.Tensor, int]]:
