@@ -14,7 +14,7 @@ from tacit.data.examples import Examples
 from tacit.errors import TacitError
 from tacit.federated.fedavg import FedAvg
 from tacit.runtimes.simulation import FederatedRun, federate
-from tacit.tensor import PrivateTensor, tensor
+from tacit.tensor import PrivateTensor, share_module, tensor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "TacitError",
     "cluster",
     "federate",
+    "share_module",
     "tensor",
 ]

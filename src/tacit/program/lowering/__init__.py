@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tacit.program import backward
-from tacit.program.lowering import arithmetic, comparison, nonlinear, normalisation, pooling, structure
+from tacit.program.lowering import arithmetic, comparison, gradients, nonlinear, normalisation, pooling, structure
 from tacit.program.lowering.operands import Context
 
 __all__ = ["FACTOR_POSITIONS", "LOWERINGS", "Context"]
@@ -27,6 +27,7 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     **pooling.LOWERINGS,
     **structure.LOWERINGS,
     **backward.LOWERINGS,
+    **gradients.LOWERINGS,
 }
 
 FACTOR_POSITIONS: dict[str, tuple[int, ...]] = {
