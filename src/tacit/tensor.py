@@ -34,8 +34,8 @@ from tacit.mpc.correlation import Party, Provider
 from tacit.mpc.lockstep import Trio
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.mpc.steps import Protocol, Task, dataflow
-from tacit.program.backward import PARAMETER_BITS
 from tacit.program.lowering import LOWERINGS
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.lowering.gradients import BY_BITS, STEP_BY_STEP, WITH_BITS, Fine
 from tacit.program.lowering.operands import MAX_SCALE
 from tacit.ring.fixed_point import FRACTION_BITS, encode

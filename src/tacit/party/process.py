@@ -50,7 +50,7 @@ from tacit.party.driver import Pool, Watch, drive
 from tacit.party.programs import Program, decode_program
 from tacit.party.training import TrainingProgram, decode_training_program
 from tacit.party.transport import TOKEN_BYTES, Link, accept, connect, listen
-from tacit.program.backward import PARAMETER_BITS
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.run import Cost, execute, load
 from tacit.ring.fixed_point import FRACTION_BITS
 from tacit.ring.prg import SEED_BYTES, Prg

@@ -21,8 +21,8 @@ from tacit.mpc.lockstep import Meter, plan
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol, Role
 from tacit.party.graphs import DTYPES, PackedNode, pack_nodes, unpack_context, unpack_graph
-from tacit.program.backward import PARAMETER_BITS
 from tacit.program.lowering import Context
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.run import Cost, check, cost_of
 from tacit.program.step import StepProgram
 from tacit.program.training import run_step

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from tacit.errors import UnsupportedOperator
-from tacit.program.backward import PARAMETER_BITS
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.ring.fixed_point import FRACTION_BITS
 from tacit.trace import Node, Ref
 

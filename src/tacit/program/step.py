@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tacit.errors import UnsupportedOperator
-from tacit.program.backward import PARAMETER_BITS
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.masking import mask_operands, namer
 from tacit.trace import CONSTANT, Graph, Node, Ref, operator_of, substitute
 

@@ -36,8 +36,8 @@ from tacit.mpc.masked import Forget
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.mpc.steps import Protocol, Role, Take
 from tacit.program import checkpoint
-from tacit.program.backward import PARAMETER_BITS
 from tacit.program.lowering import Context
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.optimizers import Optimizer
 from tacit.program.run import Cost, check, cost_of, execute
 from tacit.program.step import StepProgram, compile_step

@@ -13,8 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tacit.program import backward
-from tacit.program.lowering import arithmetic, comparison, gradients, nonlinear, normalisation, pooling, structure
+from tacit.program.lowering import (
+    arithmetic,
+    backward,
+    comparison,
+    gradients,
+    nonlinear,
+    normalisation,
+    pooling,
+    structure,
+)
 from tacit.program.lowering.operands import Context
 
 __all__ = ["FACTOR_POSITIONS", "LOWERINGS", "Context"]

@@ -23,7 +23,7 @@ from tacit.mpc.pooling import Windows
 from tacit.mpc.shares import Share
 from tacit.mpc.sign import comparison_window, masked_opening
 from tacit.mpc.steps import Protocol, Role, together
-from tacit.program.backward import PARAMETER_BITS
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.lowering.operands import Context, Operand, constant, is_private, product, scaled, share_of
 from tacit.program.lowering.structure import identity
 from tacit.ring.fixed_point import FRACTION_BITS

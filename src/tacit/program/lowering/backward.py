@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -23,10 +23,8 @@ from tacit.mpc.masked import Masked, View
 from tacit.mpc.pooling import Windows
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol
+from tacit.program.lowering.operands import Context
 from tacit.ring.fixed_point import FRACTION_BITS
-
-if TYPE_CHECKING:
-    from tacit.program.lowering import Context
 
 PARAMETER_BITS = 24
 """Fractional bits of parameters and of the optimizer's state: updates far below 2^-16 are not lost."""
