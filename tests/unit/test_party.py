@@ -27,8 +27,8 @@ from tacit.party.programs import Program, decode_program, encode_program
 from tacit.party.trainer import ProcessTrainer
 from tacit.party.training import TrainingProgram, decode_training_program, encode_training_program
 from tacit.party.transport import Link, accept, connect, listen
-from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.lowering import Context
+from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.optimizers import Adam, Sgd
 from tacit.program.rewrite import Model, simplify
 from tacit.program.step import StepProgram
