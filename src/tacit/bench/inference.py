@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tacit.bench.measuring import Profile, inputs_of, one_thread, profile_of, require_planned, timed, versions
+from tacit.bench.measuring import Profile, inputs_of, profile_of, require_planned, timed, versions
 from tacit.bench.nets import build
 from tacit.errors import InputError, PeerError
 from tacit.mpc.shares import reconstruct, share
@@ -28,6 +28,7 @@ from tacit.program.lowering import Context
 from tacit.program.rewrite import Model, simplify
 from tacit.ring.fixed_point import FRACTION_BITS, encode
 from tacit.ring.prg import Prg
+from tacit.runtimes.simulation import one_thread
 from tacit.trace import trace
 
 

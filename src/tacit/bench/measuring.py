@@ -5,8 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -46,17 +45,6 @@ class Profile:
     preparing_s: float
     deal_wall_s: float
     layers: dict[str, float]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch compute with one thread in this process, as the three processes do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def inputs_of(shape: tuple[int, ...], number: int = 0) -> Tensor:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tacit.bench.measuring import Profile, inputs_of, one_thread, profile_of, require_planned, timed, versions
+from tacit.bench.measuring import Profile, inputs_of, profile_of, require_planned, timed, versions
 from tacit.bench.nets import build
 from tacit.errors import InputError
 from tacit.party.launch import Dealt, LocalProcesses, Outcome
 from tacit.party.trainer import ProcessTrainer
 from tacit.program.optimizers import Sgd
 from tacit.ring.prg import Prg
+from tacit.runtimes.simulation import one_thread
 
 NETS = ("mlp", "lenet")
 _LR = 0.1

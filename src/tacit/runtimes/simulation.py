@@ -75,7 +75,7 @@ def federate(
         started = time.perf_counter()
         selected = uniform_cohort(len(clients), cohort, generator_for(seed, "round", number, "cohort"))
         bytes_down = len(selected) * state.nbytes
-        with _one_thread():
+        with one_thread():
             mean = algorithm.combine(_updates(algorithm, state, worker, clients, selected, seed))
             state = algorithm.server_update(state, mean)
         loss = accuracy = None
@@ -147,7 +147,8 @@ def _check(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Have torch compute with one thread; small batches take longer with more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
