@@ -23,15 +23,13 @@ from torch import Tensor
 
 from tacit.errors import CorrelationError
 from tacit.mpc.correlation import Correlation, Field, Part, Provider
-from tacit.mpc.pooling import Windows
+from tacit.mpc.phases import OFFSET
+from tacit.mpc.pooling import Windows, filler
 from tacit.mpc.shares import Bits, Share
-from tacit.mpc.sign import MAX_CHUNKS, comparison_window, masked_opening
-from tacit.mpc.steps import Open, Protocol, Role, Take, together
-from tacit.ring.fixed_point import FRACTION_BITS, MAGNITUDE_BITS
+from tacit.mpc.sign import MAX_CHUNKS, comparison_window, masked_opening, truncation_facts
+from tacit.mpc.steps import Open, Protocol, Take, together
+from tacit.ring.fixed_point import FRACTION_BITS
 from tacit.ring.integers import WORD_BITS, shift_right, top_bit
-
-_OFFSET = 1 << 62
-_PADDING_BITS = MAGNITUDE_BITS - 2 - FRACTION_BITS
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,11 @@ class SelectionMask(Correlation):
         """r, ρ = r >> t and μ = msb(r); for every monomial m its value s_m, and s_m·ρ and s_m·μ."""
         word, words = Field(self.shape, dealt=True), Field((len(self.monomials), *self.shape), dealt=True)
         fields = {"r": Field(self.shape), "s": words, "s_rho": words}
+        for name, dtype in truncation_facts(self.drop).items():
+            fields[name] = replace(word, dtype=dtype)
         if self.drop:
-            fields |= {"rho": word, "mu": replace(word, dtype=self._ring), "s_mu": replace(words, dtype=self._ring)}
+            fields["s_mu"] = replace(words, dtype=fields["mu"].dtype)
         return fields
-
-    @property
-    def _ring(self) -> torch.dtype:
-        # A share of msb·2^(64-t) is a share of the bit modulo 2^t, shifted.
-        return next(d for d in (torch.int8, torch.int16, torch.int32, torch.int64) if 8 * d.itemsize >= self.drop)
 
     def derive(self, uniform: Part, provider: Provider) -> dict[str, Tensor]:
         """The products of the remembered bits with the facts about r."""
@@ -140,7 +135,8 @@ class SelectionMask(Correlation):
                 product *= provider.step_masks[gate.selector][gate.position]
         dealt = {"s": products, "s_rho": products * rho}
         if self.drop:
-            dealt |= {"rho": rho, "mu": mu.to(self._ring), "s_mu": (products * mu).to(self._ring)}
+            narrow = truncation_facts(self.drop)["mu"]
+            dealt |= {"rho": rho, "mu": mu.to(narrow), "s_mu": (products * mu).to(narrow)}
         return dealt
 
 
@@ -184,8 +180,8 @@ def select(v: Share, kept: Kept, scale: int = FRACTION_BITS) -> Protocol[list[Sh
     drop, shape = max(0, v.scale - scale), tuple(v.shape)
     monomials = sorted(_monomials(kept.tree) - {_ONE}, key=_order)
     part = yield Take(SelectionMask(shape, drop, tuple(tuple(sorted(m, key=_gate_order)) for m in monomials)))
-    (opened,) = yield Open(v.plus_public(_OFFSET).words + part.r)
-    public = shift_right(opened, drop) - (_OFFSET >> drop)
+    (opened,) = yield Open(v.plus_public(OFFSET).words + part.r)
+    public = shift_right(opened, drop) - (OFFSET >> drop)
     value, selected = v, part.s * public - part.s_rho
     if drop:
         wrapped = (1 - top_bit(opened)) << (WORD_BITS - drop)
@@ -210,10 +206,8 @@ def max_pool(x: Share, windows: Windows, name: str, chunks: int = MAX_CHUNKS) ->
 
     Level i of the tournament takes the selector ``name/i``; w - 1 bits a window of w elements more.
     """
-    filler = -(1 << (_PADDING_BITS + x.scale)) if x.holder is Role.ALICE else 0
-    players: list[tuple[Tensor, Tree]] = [
-        (view, Leaf(index)) for index, view in enumerate(windows.elements(x.words, filler))
-    ]
+    elements = windows.elements(x.words, filler(x))
+    players: list[tuple[Tensor, Tree]] = [(view, Leaf(index)) for index, view in enumerate(elements)]
     gates: dict[str, Tensor] = {}
     while len(players) > 1:
         level, half = f"{name}/{len(gates)}", len(players) // 2

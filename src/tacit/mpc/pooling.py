@@ -92,7 +92,7 @@ def max_pool(x: Share, windows: Windows, chunks: int = MAX_CHUNKS) -> Protocol[S
     Leakage: none.
     Cost: 3·ceil(log2 w) rounds and w - 1 comparisons (see `tacit.mpc.sign.relu`) a window of w elements.
     """
-    candidates = windows.elements(x.words, _filler(x))
+    candidates = windows.elements(x.words, filler(x))
     while len(candidates) > 1:
         half = len(candidates) // 2
         left, right, rest = candidates[:half], candidates[half : 2 * half], candidates[2 * half :]
@@ -119,11 +119,11 @@ def max_pool_at_once(x: Share, windows: Windows, rectify: bool, chunks: int = MA
 
     Cost: 4 rounds.
     """
-    values = x.with_words(torch.stack(windows.elements(x.words, _filler(x))))
+    values = x.with_words(torch.stack(windows.elements(x.words, filler(x))))
     return (yield from largest(values, rectify, FRACTION_BITS if rectify else None, chunks))
 
 
-def _filler(x: Share) -> int:
+def filler(x: Share) -> int:
     """What padding holds: a public constant is alice's alone, bob's padding is zeros."""
     return -(1 << (_PADDING_BITS - FRACTION_BITS + x.scale)) if x.holder is Role.ALICE else 0
 
