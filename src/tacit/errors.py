@@ -8,6 +8,7 @@
     │   ├── RangeError         a number does not fit the fixed-point range, or is not finite
     │   └── UnsupportedOperator   a model uses an operator that has no encrypted form
     ├── CorrelationError       correlated randomness would be used twice, or out of order
+    ├── TrainingError          round after round no client had anything usable to send
     └── PeerError              another party's process died, went silent or did not keep to the protocol
         └── CodecError         bytes from elsewhere do not parse
 
@@ -38,6 +39,10 @@ class UnsupportedOperator(InputError):
 
 class CorrelationError(TacitError):
     """Correlated randomness was asked for twice, or in another order than it was dealt."""
+
+
+class TrainingError(TacitError):
+    """Federated training cannot go on: round after round, no client had an update that could be used."""
 
 
 class PeerError(TacitError):

@@ -12,6 +12,7 @@ from tacit.data.examples import Examples
 from tacit.federated.algorithm import Update
 from tacit.federated.fedavg import FedAvg
 from tacit.federated.generators import generator_for
+from tacit.federated.local.plain import PlainSolver
 from tacit.runtimes.simulation import federate
 
 
@@ -59,8 +60,9 @@ def test_one_client_with_epochs_and_batches_is_torch_sgd_over_the_same_batches()
     data, model, algorithm = examples(23, 1), network(), FedAvg(lr=0.1, batch_size=5, epochs=3)
     worker = copy.deepcopy(model)
     worker[0].register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
-    state = algorithm.init(model)
-    sent = algorithm.client_update(state, worker, data, torch.Generator().manual_seed(2))
+    state = algorithm.init(model, clients=1)
+    solver = PlainSolver(worker, functional.cross_entropy)
+    sent, _ = algorithm.client_update(state, {}, solver, data, torch.Generator().manual_seed(2))
     trained = algorithm.server_update(state, algorithm.combine([sent]))
 
     by_row = {row.sum().item(): target for row, target in zip(data.inputs, data.targets, strict=True)}
@@ -96,7 +98,7 @@ def test_a_server_optimizer_is_torchs_own_on_the_pseudo_gradient(
     clients = [in_float64(examples(n, n)) for n in (9, 30)]
     model = network().double()
     algorithm = FedAvg(lr=0.1, batch_size=None, server_optimizer=optimizer)
-    worker, state = copy.deepcopy(model), algorithm.init(model)
+    solver, state = PlainSolver(model, functional.cross_entropy), algorithm.init(model, clients=2)
     reference = copy.deepcopy(model)
     theirs = optimizer(list(reference.parameters()))
     for round_number in range(4):
@@ -104,7 +106,7 @@ def test_a_server_optimizer_is_torchs_own_on_the_pseudo_gradient(
         state = algorithm.server_update(
             state,
             algorithm.combine(
-                algorithm.client_update(state, worker, own, generator)
+                algorithm.client_update(state, {}, solver, own, generator)[0]
                 for own, generator in zip(clients, generators, strict=True)
             ),
         )
@@ -114,32 +116,32 @@ def test_a_server_optimizer_is_torchs_own_on_the_pseudo_gradient(
         theirs.zero_grad()
         (0.1 * loss).backward()
         theirs.step()
-    state.load_into(worker)
-    assert_equal_models(worker, reference)
+    state.load_into(model)
+    assert_equal_models(model, reference)
 
 
 def test_momentum_by_hand_on_given_pseudo_gradients() -> None:
     algorithm = FedAvg(server_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9))
-    state = algorithm.init(nn.Linear(1, 1, bias=False))
-    weight, velocity = state.parameters["weight"].item(), 0.0
+    state = algorithm.init(nn.Linear(1, 1, bias=False), clients=1)
+    weight, velocity = state.parameters.item(), 0.0
     for delta in (1.0, -0.25, 2.0):
-        state = algorithm.server_update(state, Update({"weight": torch.tensor([[delta]])}, {}, 1, 0.0, 0))
+        state = algorithm.server_update(state, Update(torch.tensor([delta]), {}, 1, 0.0, 0, 1.0))
         velocity = 0.9 * velocity + delta
         weight += 0.5 * velocity
-        assert state.parameters["weight"].item() == pytest.approx(weight, abs=1e-6)
+        assert state.parameters.item() == pytest.approx(weight, abs=1e-6)
 
 
 def test_the_order_in_which_clients_train_does_not_matter() -> None:
     clients, model, algorithm = [examples(n, n) for n in (9, 30, 12)], network(), FedAvg(lr=0.2, batch_size=4)
     run = federate(model, clients, algorithm=algorithm, rounds=2, cohort=3, seed=11, initial="default")
-    worker, state = copy.deepcopy(model), algorithm.init(model)
+    solver, state = PlainSolver(model, functional.cross_entropy), algorithm.init(model, clients=3)
     for number in (1, 2):
         updates = [
             algorithm.client_update(
-                state, worker, clients[client], generator_for(11, "round", number, "client", client)
-            )
+                state, {}, solver, clients[client], generator_for(11, "round", number, "client", client)
+            )[0]
             for client in (2, 0, 1)
         ]
         state = algorithm.server_update(state, algorithm.combine(updates))
-    state.load_into(worker)
-    assert_equal_models(run.model, worker)
+    state.load_into(model)
+    assert_equal_models(run.model, model)

@@ -8,7 +8,7 @@ from torch import nn
 from tacit.data.digits import load_digits
 from tacit.data.examples import Dataset, Examples
 from tacit.data.partition import iid, shards
-from tacit.errors import InputError
+from tacit.errors import InputError, TrainingError
 from tacit.federated.fedavg import FedAvg
 from tacit.federated.history import RoundRecord
 from tacit.federated.models import two_nn
@@ -116,7 +116,7 @@ def test_threads_are_restored_and_one_while_training() -> None:
         run(model=Probe(6, 3))
         assert seen == {1}
         assert torch.get_num_threads() == 2
-        with pytest.raises(InputError):
+        with pytest.raises(TrainingError):
             run(
                 model=Probe(6, 3),
                 clients=[Examples(torch.full((4, 6), math.nan), CLIENTS[0].targets[:4])],
@@ -127,20 +127,32 @@ def test_threads_are_restored_and_one_while_training() -> None:
         torch.set_num_threads(before)
 
 
-def test_divergence_names_client_round_and_remedy() -> None:
+def test_a_client_that_diverges_is_left_out_and_named() -> None:
     poisoned = [*CLIENTS[:3], Examples(torch.full((4, 6), math.inf), CLIENTS[0].targets[:4])]
-    with pytest.raises(InputError, match=r"client 3 diverged in round 1 under FedAvg\(lr=0.1, .*lower lr") as caught:
-        run(clients=poisoned, cohort=4)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"diverged in round \d+ under FedAvg\(lr=1e\+30"):
+    history = run(clients=poisoned, cohort=4).history
+    assert [record.cohort for record in history] == [(0, 1, 2)] * 3
+    assert all("not finite" in record.lost[3] for record in history)
+    assert all(math.isfinite(record.loss) for record in history)
+    spared = run(clients=CLIENTS[:3], cohort=3)
+    assert [record.loss for record in spared.history] == [record.loss for record in history]
+
+
+def test_training_that_diverges_everywhere_stops_and_names_the_remedy() -> None:
+    with pytest.raises(TrainingError, match=r"3 rounds in a row.*FedAvg\(lr=1e\+30.*lower lr") as caught:
         run(model=nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), algorithm=FedAvg(lr=1e30), rounds=20)
+    assert "\n" not in str(caught.value)
+
+
+def test_clients_without_examples_are_never_selected() -> None:
+    history = run(clients=[examples(0), *CLIENTS[:2]], cohort=2).history
+    assert {record.cohort for record in history} == {(1, 2)}
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
         ({"clients": []}, "clients: the list is empty"),
-        ({"clients": [examples(3), examples(0)]}, r"clients\[1\] has no examples"),
+        ({"clients": [examples(0), examples(0)]}, "none of the 2 clients has examples"),
         ({"cohort": 0}, "cohort=0: choose between 1 and the number of clients, 5"),
         ({"cohort": 6}, "cohort=6: choose between 1 and the number of clients, 5"),
         ({"rounds": 0}, "rounds=0: "),

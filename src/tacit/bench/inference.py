@@ -28,7 +28,7 @@ from tacit.program.lowering import Context
 from tacit.program.rewrite import Model, simplify
 from tacit.ring.fixed_point import FRACTION_BITS, encode
 from tacit.ring.prg import Prg
-from tacit.runtimes.simulation import one_thread
+from tacit.runtimes.executors import one_thread
 from tacit.trace import trace
 
 

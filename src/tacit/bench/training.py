@@ -25,7 +25,7 @@ from tacit.party.launch import Dealt, LocalProcesses, Outcome
 from tacit.party.trainer import ProcessTrainer
 from tacit.program.optimizers import Sgd
 from tacit.ring.prg import Prg
-from tacit.runtimes.simulation import one_thread
+from tacit.runtimes.executors import one_thread
 
 NETS = ("mlp", "lenet")
 _LR = 0.1

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tacit.data.examples import Examples
 from tacit.errors import InputError
-from tacit.federated.algorithm import ServerState, Update, trainable_parameters
+from tacit.federated.algorithm import Memory, ServerState, Update
+from tacit.federated.layout import Layout
+from tacit.federated.local.work import LocalResult, LocalSolver, LocalWork
+from tacit.federated.mean import weighted_mean
 
 ServerOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+Weighting = Callable[[int], float]
+"""A client's weight in the mean from its number of examples."""
+Mean = Callable[[Iterable[Update]], Update]
 
 
 def averaging(parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -32,14 +36,11 @@ def averaging(parameters: list[Tensor]) -> torch.optim.Optimizer:
 class FedAvg:
     """Federated averaging.
 
-    In round t, with K the cohort, n_k the examples of client k and n their sum::
+    In round t, with K the cohort, p_k the weight of client k (its number of examples) and p their sum::
 
         w_k     ← w_t, then w_k ← w_k − η ∇ℓ(w_k; b) for E epochs of shuffled batches b of B examples
-        Δ       ← Σ_{k∈K} (n_k / n) (w_k − w_t)
+        Δ       ← Σ_{k∈K} (p_k / p) (w_k − w_t)
         w_{t+1} ← server optimizer's step from w_t with the pseudo-gradient −Δ
-
-    ℓ is the mean cross-entropy. Floating-point buffers (batch normalisation) become the same weighted mean of
-    the clients' values; other buffers (counters) become their maximum.
 
     Args:
         lr: η, the clients' learning rate.
@@ -47,6 +48,9 @@ class FedAvg:
         epochs: E, passes over the client's examples in a round.
         server_optimizer: makes the ``torch.optim`` optimizer of the global model from a list of its
             parameters.
+        weighting: p_k from the number of examples: ``float`` is that number, ``uniform`` is 1, ``capped(n)`` at
+            most n.
+        mean: how updates become one: `tacit.federated.mean.weighted_mean`, or one of `tacit.federated.robust`.
 
     Raises:
         InputError: a setting is not positive.
@@ -56,6 +60,8 @@ class FedAvg:
     batch_size: int | None = 10
     epochs: int = 1
     server_optimizer: ServerOptimizer = field(default=averaging, repr=False)
+    weighting: Weighting = field(default=float, repr=False)
+    mean: Mean = field(default=weighted_mean, repr=False)
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
@@ -65,84 +71,68 @@ class FedAvg:
         if self.epochs < 1:
             raise InputError(f"epochs={self.epochs}: clients must make at least 1 pass over their examples")
 
-    def init(self, model: nn.Module) -> ServerState:
+    def init(self, model: nn.Module, clients: int) -> ServerState:
         """The state before the first round, copied from ``model``.
 
         Raises:
             InputError: the model has nothing to train.
         """
-        parameters = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
-        if not parameters:
-            raise InputError("the model has no parameter that requires a gradient: there is nothing to train")
+        layout = Layout.of(model)
+        parameters = layout.flatten(dict(model.named_parameters()))
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        return ServerState(parameters, buffers, self.server_optimizer(list(parameters.values())).state_dict())
+        optimizer = self.server_optimizer(list(layout.views(parameters).values()))
+        return ServerState(layout, parameters, buffers, optimizer.state_dict(), clients)
 
     def client_update(
-        self, state: ServerState, model: nn.Module, examples: Examples, generator: torch.Generator
-    ) -> Update:
-        """ClientUpdate of the paper: SGD from the global model over one client's examples.
+        self, state: ServerState, memory: Memory, solver: LocalSolver, examples: Examples, generator: torch.Generator
+    ) -> tuple[Update, Memory]:
+        """ClientUpdate of the paper: SGD from the global model over one client's examples."""
+        return self.sent(state, solver(self.work(state, examples, generator)), len(examples)), memory
 
-        Layers that draw random numbers of their own (dropout) take them from torch's global generator, which
-        is seeded from ``generator`` meanwhile and restored afterwards.
-        """
-        state.load_into(model)
-        model.train()
-        weights: list[Tensor] = list(trainable_parameters(model).values())
-        total_loss = torch.zeros(())
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(torch.randint(2**32, (), generator=generator)))
-            for batch in self._batches(len(examples), generator):
-                loss = functional.cross_entropy(model(examples.inputs[batch]), examples.targets[batch])
-                gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-                with torch.no_grad():
-                    torch._foreach_add_(weights, gradients, alpha=-self.lr)
-                    total_loss += loss * len(batch)
-        delta = {name: p.detach() - state.parameters[name] for name, p in trainable_parameters(model).items()}
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        return Update.of_client(delta, buffers, len(examples), float(total_loss) / (len(examples) * self.epochs))
+    def work(self, state: ServerState, examples: Examples, generator: torch.Generator) -> LocalWork:
+        """What a client is asked to train from the global model."""
+        return LocalWork(state.parameters, state.buffers, examples, self.lr, self.batch_size, self.epochs, generator)
+
+    def sent(
+        self, state: ServerState, result: LocalResult, examples: int, extra: Mapping[str, Tensor] | None = None
+    ) -> Update:
+        """What a client sends after training; takes the memory of ``result.parameters`` for the difference."""
+        delta = result.parameters.sub_(state.parameters)
+        return Update.of_client(delta, result.buffers, examples, result.loss, self.weighting(examples), extra)
 
     def combine(self, updates: Iterable[Update]) -> Update:
-        """The mean of the updates weighted by their examples, folded one by one.
+        """The mean of the updates.
 
         Raises:
             InputError: there is no update.
         """
-        remaining = iter(updates)
-        first = next(remaining, None)
-        if first is None:
-            raise InputError("there is no update to combine: a round needs at least one client")
-        return reduce(weighted_mean, remaining, first)
+        return self.mean(updates)
 
     def server_update(self, state: ServerState, mean: Update) -> ServerState:
         """One step of the server optimizer along the mean update; the buffers are taken as they are."""
-        parameters = {name: value.clone() for name, value in state.parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.grad = -mean.delta[name]
-        optimizer = self.server_optimizer(list(parameters.values()))
+        vector = state.parameters.clone()
+        parameters = list(state.layout.views(vector).values())
+        for parameter, gradient in zip(parameters, state.layout.views(-mean.delta).values(), strict=True):
+            parameter.grad = gradient
+        optimizer = self.server_optimizer(parameters)
         optimizer.load_state_dict(copy.deepcopy(dict(state.optimizer)))
         optimizer.step()
-        for parameter in parameters.values():
-            parameter.grad = None
-        return ServerState(parameters, mean.buffers, optimizer.state_dict(), state.round + 1)
-
-    def _batches(self, examples: int, generator: torch.Generator) -> Iterator[Tensor]:
-        for _ in range(self.epochs):
-            order = torch.randperm(examples, generator=generator)
-            yield from torch.split(order, self.batch_size or examples)
+        return ServerState(
+            state.layout, vector, mean.buffers, optimizer.state_dict(), state.clients, state.shared, state.round + 1
+        )
 
 
-def weighted_mean(a: Update, b: Update) -> Update:
-    """The mean of two updates weighted by their examples; counters take the maximum, bytes add up."""
-    examples = a.examples + b.examples
-    share = b.examples / examples
+def uniform(examples: int) -> float:
+    """Every client weighs the same."""
+    return 1.0
 
-    def mean(x: Tensor, y: Tensor) -> Tensor:
-        return torch.lerp(x, y, share) if x.is_floating_point() else torch.maximum(x, y)
 
-    return Update(
-        delta={name: mean(a.delta[name], b.delta[name]) for name in a.delta},
-        buffers={name: mean(a.buffers[name], b.buffers[name]) for name in a.buffers},
-        examples=examples,
-        loss=a.loss + share * (b.loss - a.loss),
-        nbytes=a.nbytes + b.nbytes,
-    )
+def capped(most: int) -> Weighting:
+    """Clients weigh their number of examples, but no more than ``most``.
+
+    Raises:
+        InputError: ``most`` is not positive.
+    """
+    if most < 1:
+        raise InputError(f"most={most}: cap the weights at 1 example or more")
+    return lambda examples: float(min(examples, most))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,13 +12,18 @@ class RoundRecord:
 
     Args:
         round: its number, from 1.
-        cohort: indices of the clients that took part, ascending.
+        cohort: indices of the clients whose updates were used, ascending; empty if the round failed.
         examples: how many examples they trained on in all.
-        loss: mean cross-entropy of the new global model on the held-out examples; ``None`` if not evaluated.
+        loss: mean loss of the new global model on the held-out examples; ``None`` if not evaluated.
         accuracy: fraction of held-out examples classified correctly, in [0, 1]; ``None`` if not evaluated.
         bytes_up: bytes of the updates sent to the server, all clients together.
-        bytes_down: bytes of the global model sent to the cohort, all clients together.
+        bytes_down: bytes of the global model sent to the clients invited, all together.
         seconds: wall-clock time of the round, evaluation included.
+        train_loss: mean loss of the cohort's examples while training; ``None`` if the round failed.
+        lost: why each client that was invited, but is not of the cohort, took no part.
+        simulated_seconds: the virtual clock at the end of the round; ``None`` without simulated devices.
+        epsilon: the privacy spent up to here; ``None`` without differential privacy.
+        clients: the model's accuracy at the clients; ``None`` if not evaluated there.
     """
 
     round: int
@@ -28,3 +34,25 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     seconds: float
+    train_loss: float | None = None
+    lost: Mapping[int, str] = field(default_factory=dict)
+    simulated_seconds: float | None = None
+    epsilon: float | None = None
+    clients: ClientAccuracies | None = None
+
+
+@dataclass(frozen=True)
+class ClientAccuracies:
+    """How evenly a model serves the clients: fractions of correct answers, in [0, 1].
+
+    Args:
+        mean: over clients, each counting the same.
+        worst_decile: the mean over the tenth of the clients (at least one) with the lowest.
+        spread: standard deviation over clients.
+        count: how many clients were evaluated.
+    """
+
+    mean: float
+    worst_decile: float
+    spread: float
+    count: int

@@ -1,0 +1,1 @@
+"""Training at one client: what there is to do, and the solvers that do it."""
