@@ -1,4 +1,4 @@
-"""Selection, generators, reference networks and evaluation."""
+"""Generators, reference networks and evaluation."""
 
 import pytest
 import torch
@@ -9,37 +9,6 @@ from tacit.errors import InputError
 from tacit.federated.evaluation import evaluate
 from tacit.federated.generators import generator_for
 from tacit.federated.models import cnn, lenet, two_nn
-from tacit.federated.selection import uniform_cohort
-
-
-def test_a_cohort_is_distinct_sorted_and_reproducible() -> None:
-    cohort = uniform_cohort(100, 10, torch.Generator().manual_seed(3))
-    assert len(set(cohort)) == 10
-    assert list(cohort) == sorted(cohort)
-    assert set(cohort) <= set(range(100))
-    assert cohort == uniform_cohort(100, 10, torch.Generator().manual_seed(3))
-
-
-def test_everyone_is_selected_equally_often() -> None:
-    """Chi-squared over 20 clients: 43.8 is the 0.1 % level of 19 degrees of freedom; 4 % of bias is more."""
-    generator, draws = torch.Generator().manual_seed(0), 4000
-
-    def chi_squared(counts: torch.Tensor) -> float:
-        expected = draws / 2
-        return float(((counts - expected) ** 2 / (expected / 2)).sum())
-
-    cohorts = torch.tensor([uniform_cohort(20, 10, generator) for _ in range(draws)])
-    assert chi_squared(cohorts.flatten().bincount(minlength=20)) < 43.8
-    slightly_unfair = cohorts.flatten().bincount(minlength=20)
-    slightly_unfair[:10] += 80
-    slightly_unfair[10:] -= 80
-    assert chi_squared(slightly_unfair) > 43.8
-
-
-@pytest.mark.parametrize("cohort", [0, -1, 6])
-def test_impossible_cohorts(cohort: int) -> None:
-    with pytest.raises(InputError, match=f"cohort={cohort}: choose between 1 and the number of clients, 5"):
-        uniform_cohort(5, cohort, torch.Generator())
 
 
 def test_generators_depend_on_every_part_of_their_purpose() -> None:

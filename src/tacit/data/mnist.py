@@ -9,7 +9,7 @@ from pathlib import Path
 from tacit.data.download import Progress, fetch
 from tacit.data.examples import Dataset, Examples
 from tacit.data.idx import parse_idx
-from tacit.data.published import PublishedFile, damaged
+from tacit.data.published import PublishedFile, damaged, in_folder
 from tacit.errors import DataError
 
 MIRRORS = (
@@ -79,9 +79,8 @@ def load_mnist(
 
 
 def _in_folder(folder: Path, file: PublishedFile) -> Path:
-    for path in (folder / "mnist" / file.name, folder / file.name):
-        if path.is_file():
-            return path
+    if path := in_folder(folder, "mnist", file):
+        return path
     raise DataError(
         f"{file.name} is neither in {folder / 'mnist'} nor in {folder}: "
         "put it there, or name no data folder to have it downloaded"

@@ -25,6 +25,11 @@ class PublishedFile:
         return f"is not the published {self.name}, SHA-256 expected {self.sha256}, found {found}"
 
 
+def in_folder(folder: Path, name: str, file: PublishedFile) -> Path | None:
+    """Where ``file`` of the data set ``name`` lies: in the folder of that name in ``folder``, or in it itself."""
+    return next((path for path in (folder / name / file.name, folder / file.name) if path.is_file()), None)
+
+
 def damaged(path: Path, fault: str) -> DataError:
     """The error for the file at ``path``; ``fault`` is the predicate of its sentence."""
     return DataError(f"{path} {fault}: put the original file in its place")

@@ -42,6 +42,8 @@ class ServerState:
         optimizer: ``state_dict()`` of the server optimizer.
         clients: N, how many clients there are.
         shared: what the algorithm sends to the clients beside the model, by name.
+        resident: tensors of the initial model, by name, that stay at the clients: each holds them from the start,
+            trains its own, and they are never sent.
         round: how many rounds have been completed.
     """
 
@@ -51,6 +53,7 @@ class ServerState:
     optimizer: Mapping[str, Any]
     clients: int
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    resident: Mapping[str, Tensor] = field(default_factory=dict)
     round: int = 0
 
     @property
@@ -111,6 +114,19 @@ class Update:
         return math.isfinite(self.loss) and math.isfinite(float(self.delta.sum()))
 
 
+@dataclass(frozen=True, eq=False)
+class Effort:
+    """What a round asks of clients, known before it starts.
+
+    Args:
+        examples: how many each computes on, epochs counted, shape ``(M,)``.
+        bytes_up: what each sends.
+    """
+
+    examples: Tensor
+    bytes_up: int
+
+
 class Algorithm(Protocol):
     """A federated algorithm: its settings are its fields, its functions keep no memory between calls."""
 
@@ -130,6 +146,10 @@ class Algorithm(Protocol):
             examples: the client's own, at least one.
             generator: the source of every random choice that is made here.
         """
+        ...
+
+    def effort(self, state: ServerState, sizes: Tensor) -> Effort:
+        """What this round asks of clients with ``sizes`` examples (int64, shape ``(M,)``)."""
         ...
 
     def combine(self, updates: Iterable[Update]) -> Update:

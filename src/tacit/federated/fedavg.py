@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from tacit.data.examples import Examples
 from tacit.errors import InputError
-from tacit.federated.algorithm import Memory, ServerState, Update
+from tacit.federated.algorithm import SCALARS_BYTES, Effort, Memory, ServerState, Update
 from tacit.federated.layout import Layout
 from tacit.federated.local.work import LocalResult, LocalSolver, LocalWork
 from tacit.federated.mean import weighted_mean
@@ -100,6 +100,10 @@ class FedAvg:
         delta = result.parameters.sub_(state.parameters)
         return Update.of_client(delta, result.buffers, examples, result.loss, self.weighting(examples), extra)
 
+    def effort(self, state: ServerState, sizes: Tensor) -> Effort:
+        """E passes over the examples; as many bytes as the server sends, and the scalars."""
+        return Effort(self.epochs * sizes, state.nbytes + SCALARS_BYTES)
+
     def combine(self, updates: Iterable[Update]) -> Update:
         """The mean of the updates.
 
@@ -117,8 +121,8 @@ class FedAvg:
         optimizer = self.server_optimizer(parameters)
         optimizer.load_state_dict(copy.deepcopy(dict(state.optimizer)))
         optimizer.step()
-        return ServerState(
-            state.layout, vector, mean.buffers, optimizer.state_dict(), state.clients, state.shared, state.round + 1
+        return replace(
+            state, parameters=vector, buffers=mean.buffers, optimizer=optimizer.state_dict(), round=state.round + 1
         )
 
 

@@ -24,6 +24,7 @@ class RoundRecord:
         simulated_seconds: the virtual clock at the end of the round; ``None`` without simulated devices.
         epsilon: the privacy spent up to here; ``None`` without differential privacy.
         clients: the model's accuracy at the clients; ``None`` if not evaluated there.
+        note: why the round failed; empty if it did not.
     """
 
     round: int
@@ -39,6 +40,7 @@ class RoundRecord:
     simulated_seconds: float | None = None
     epsilon: float | None = None
     clients: ClientAccuracies | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
