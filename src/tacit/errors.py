@@ -8,6 +8,7 @@
     │   ├── RangeError         a number does not fit the fixed-point range, or is not finite
     │   └── UnsupportedOperator   a model uses an operator that has no encrypted form
     ├── CorrelationError       correlated randomness would be used twice, or out of order
+    ├── BudgetExceeded         a release would cost more privacy than is allowed
     ├── TrainingError          round after round no client had anything usable to send
     └── PeerError              another party's process died, went silent or did not keep to the protocol
         └── CodecError         bytes from elsewhere do not parse
@@ -39,6 +40,10 @@ class UnsupportedOperator(InputError):
 
 class CorrelationError(TacitError):
     """Correlated randomness was asked for twice, or in another order than it was dealt."""
+
+
+class BudgetExceeded(TacitError):
+    """A release would cost more privacy than its budget allows; nothing was released, and nothing was spent."""
 
 
 class TrainingError(TacitError):
