@@ -50,6 +50,7 @@ class Kind(IntEnum):
     ERROR = 5
     OPEN = 6
     CORRECTIONS = 7
+    SECURE_SUM = 8
 
 
 _DTYPES = {

@@ -12,12 +12,16 @@ Networks run on two-party shares in Z/2^64 (`tacit.mpc`), where hardware does th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tacit.errors import InputError
 from tacit.ring.prg import Prg
 
 PRIME = 2**127 - 1
+PRIME_256 = 2**256 - 189
+"""The largest prime below 2^256: an element is 32 bytes, and an X25519 private key, below 2^255, is one."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,3 +84,20 @@ def decrypt(number: SharedNumber) -> int:
     """Put all shares together: their sum modulo Q, read as a signed integer."""
     total = sum(number.shares) % number.modulus
     return total if total <= (number.modulus - 1) // 2 else total - number.modulus
+
+
+def inverses(elements: Sequence[int], modulus: int) -> list[int]:
+    """1 / x for every x modulo a prime, for the price of one inversion and three products each (Montgomery).
+
+    Raises:
+        InputError: an element is 0 modulo the prime.
+    """
+    products = list(accumulate(elements, lambda x, y: x * y % modulus, initial=1))
+    if products[-1] == 0:
+        raise InputError("0 has no inverse: leave it out")
+    inverse = pow(products[-1], -1, modulus)
+    result = [0] * len(elements)
+    for i in reversed(range(len(elements))):
+        result[i] = inverse * products[i] % modulus
+        inverse = inverse * elements[i] % modulus
+    return result

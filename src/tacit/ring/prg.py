@@ -82,16 +82,35 @@ class Prg:
             if candidate < bound:
                 return candidate
 
+    def add_into(self, words: np.ndarray[tuple[int], np.dtype[np.unsignedinteger]], *, subtract: bool = False) -> None:
+        """Add the next ``words.nbytes`` bytes of the stream, as little-endian words, to ``words``.
+
+        The stream is made and added piece by piece: it takes 128 KiB beside ``words``, however long they are.
+
+        Args:
+            words: flat, contiguous, uint8 to uint64; wraps around.
+            subtract: take them away instead.
+        """
+        combine = np.subtract if subtract else np.add
+        piece = np.empty(len(_CHUNK) + _BLOCK, np.uint8)
+        drawn = piece[: len(_CHUNK)].view(words.dtype)
+        for start in range(0, len(words), len(drawn)):
+            part = words[start : start + len(drawn)]
+            self._update_into(part.nbytes, piece.data)
+            combine(part, drawn[: len(part)], out=part)
+
     def _next(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        if self._stream is None:
-            self._stream = Cipher(algorithms.AES(self._seed), modes.CTR(bytes(_BLOCK))).encryptor()
         out = np.empty(count + _BLOCK, np.uint8)
         view = out.data
         for start in range(0, count, len(_CHUNK)):
             size = min(len(_CHUNK), count - start)
-            zeros = _CHUNK if size == len(_CHUNK) else _CHUNK[:size]
-            self._stream.update_into(zeros, view[start : start + size + _BLOCK])
+            self._update_into(size, view[start : start + size + _BLOCK])
         return out[:count]
+
+    def _update_into(self, size: int, out: memoryview) -> None:
+        if self._stream is None:
+            self._stream = Cipher(algorithms.AES(self._seed), modes.CTR(bytes(_BLOCK))).encryptor()
+        self._stream.update_into(_CHUNK if size == len(_CHUNK) else _CHUNK[:size], out)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise InputError("a generator cannot be copied: its stream would be drawn twice; derive another one from it")
