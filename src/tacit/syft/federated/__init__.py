@@ -1,0 +1,1 @@
+"""Federated learning, under PySyft's path."""

@@ -1,0 +1,1 @@
+"""Serialization, under PySyft's path; tacit's own is `tacit.wire`."""
