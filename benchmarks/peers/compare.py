@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / ".peers"
@@ -21,7 +22,26 @@ INSTALL = {
     "spu": [["spu==0.9.5"]],
 }
 """What pip installs in each environment, in order. CrypTen's own list asks for torchvision, which it does not use."""
-CASES = [("mlp", 1, 15), ("lenet", 1, 15), ("lenet", 128, 3)]
+
+
+class Case(NamedTuple):
+    """One row: what is measured, and how often."""
+
+    task: str
+    net: str
+    batch: int
+    repeat: int
+
+
+CASES = [
+    Case("inference", "mlp", 1, 15),
+    Case("inference", "lenet", 1, 15),
+    Case("inference", "lenet", 128, 3),
+    Case("training", "mlp", 128, 5),
+    Case("training", "lenet", 128, 2),
+]
+TACIT_TIMES = {"inference": ("repeat", "online_s", "plaintext_s"), "training": ("steps", "step_s", "plaintext_step_s")}
+"""For each task, tacit's option for how often, and its names for what the peers call online, and for plaintext."""
 
 
 def install(peer: str) -> Path:
@@ -50,32 +70,42 @@ def last_line(command: list) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def measure(net: str, batch: int, repeat: int, peers: dict[str, Path]) -> dict:
-    """One row: tacit and every peer."""
-    tacit = [Path(sys.executable).with_name("tacit"), "bench", "inference", "--net", net]
-    row = {"net": net, "batch": batch, "load_before": os.getloadavg()[0]}
-    row["tacit"] = last_line([*tacit, "--batch", str(batch), "--repeat", str(repeat), "--json"])
+def measure(case: Case, peers: dict[str, Path]) -> dict:
+    """One row: tacit and every peer, and how many times as long each peer takes, online and all in."""
+    often, online, plaintext = TACIT_TIMES[case.task]
+    command = [Path(sys.executable).with_name("tacit"), "bench", case.task, "--net", case.net, "--batch"]
+    row = case._asdict() | {"load_before": os.getloadavg()[0]}
+    tacit = last_line([*command, str(case.batch), f"--{often}", str(case.repeat), "--json"])
+    tacit |= {"online_s": tacit[online], "all_in_s": tacit[online] + tacit["profile"]["deal_wall_s"]}
+    row |= {"plaintext_s": tacit[plaintext], "tacit": tacit}
     for peer, python in peers.items():
-        script = HERE / f"{peer}_inference.py"
-        row[peer] = last_line([python, "-W", "ignore", script, net, str(batch), str(repeat)])
-        row[f"{peer}_over_tacit"] = row[peer]["online_s"] / row["tacit"]["online_s"]
+        script = HERE / f"{peer}_{case.task}.py"
+        row[peer] = last_line([python, "-W", "ignore", script, case.net, str(case.batch), str(case.repeat)])
+        for time in ("online", "all_in"):
+            row[f"{peer}_{time}_over_tacit"] = row[peer][f"{time}_s"] / tacit[f"{time}_s"]
     return row
 
 
 def markdown(rows: list[dict], peers: list[str]) -> str:
-    """The rows as a table."""
-    names = " | ".join(f"{peer} | {peer} ÷ tacit" for peer in peers)
-    lines = [f"| net, batch | plaintext | tacit online | {names} |", "|" + "---|" * (3 + 2 * len(peers))]
+    """The rows as a table; every cell is online / all in."""
+    names = " | ".join(f"{peer} | ÷ tacit" for peer in peers)
+    lines = [f"| task, net, batch | plaintext | tacit | {names} |", "|" + "---|" * (3 + 2 * len(peers))]
     for row in rows:
-        cells = [f"{row['net']}, {row['batch']}", milliseconds(row["tacit"]["plaintext_s"])]
-        cells.append(milliseconds(row["tacit"]["online_s"]))
+        cells = [f"{row['task']}, {row['net']}, {row['batch']}", readable(row["plaintext_s"]), both(row["tacit"])]
         for peer in peers:
-            cells += [milliseconds(row[peer]["online_s"]), f"{row[f'{peer}_over_tacit']:.0f}×"]
+            ratios = (row[f"{peer}_{time}_over_tacit"] for time in ("online", "all_in"))
+            cells += [both(row[peer]), " / ".join(f"{ratio:.0f}×" for ratio in ratios)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def milliseconds(seconds: float) -> str:
+def both(times: dict) -> str:
+    """Online and all in; one time where a peer's dealing cannot be taken apart."""
+    online, all_in = readable(times["online_s"]), readable(times["all_in_s"])
+    return online if times["online_s"] == times["all_in_s"] else f"{online} / {all_in}"
+
+
+def readable(seconds: float) -> str:
     """Three digits of it."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
@@ -83,10 +113,11 @@ def milliseconds(seconds: float) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", nargs="+", choices=list(INSTALL), default=list(INSTALL))
-    chosen = parser.parse_args().peers
-    interpreters = {peer: install(peer) for peer in chosen}
+    parser.add_argument("--tasks", nargs="+", choices=list(TACIT_TIMES), default=list(TACIT_TIMES))
+    options = parser.parse_args()
+    interpreters = {peer: install(peer) for peer in options.peers}
     rows = []
-    for case in CASES:
-        rows.append(measure(*case, interpreters))
+    for case in (case for case in CASES if case.task in options.tasks):
+        rows.append(measure(case, interpreters))
         print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows, chosen))
+    print(markdown(rows, options.peers))

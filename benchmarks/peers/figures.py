@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 ITEM_SHAPE = {"mlp": (784,), "lenet": (1, 28, 28)}
 """mlp is 784–128–128–10; lenet is Caffe's LeNet with a ReLU after each convolution."""
+CLASSES = 10
+LEARNING_RATE = 0.1
+"""Of the step of SGD that training measures."""
 
 
 def arguments() -> tuple[str, int, int]:

@@ -16,51 +16,30 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tacit.errors import InputError
 from tacit.mpc import phases
 from tacit.mpc.correlation import Correlation, Field, Part, Provider
-from tacit.mpc.phases import OFFSET, SELECTOR_BIT
+from tacit.mpc.pairs import compare_pairs, differences, packed, pairs_of, under_masks, winners
+from tacit.mpc.phases import SELECTOR_BIT
 from tacit.mpc.shares import Share
-from tacit.mpc.sign import MAX_CHUNKS, Window, combiner, comparison_facts, comparison_window, truncation_facts
+from tacit.mpc.sign import (
+    MAX_CHUNKS,
+    Window,
+    combiner,
+    comparison_facts,
+    comparison_window,
+    correct_facts,
+    truncation_facts,
+)
 from tacit.mpc.steps import Open, Protocol, Role, Take
-from tacit.ring.integers import lookup, parity, shift_right, top_bit
+from tacit.ring.integers import lookup, shift_right, top_bit
 
 MAX_VALUES = 4
 """With zero, four values make ten pairs, whose 54 products of mask bits and four selectors just fit one word."""
-
-Pair = tuple[int, int | None]
-
-
-def pairs_of(count: int, rectify: bool) -> list[Pair]:
-    """The comparisons: i against each later j, and, to rectify, against zero (``None``)."""
-    pairs: list[Pair] = list(combinations(range(count), 2))
-    return pairs + ([(i, None) for i in range(count)] if rectify else [])
-
-
-def _differences(values: Tensor, pairs: list[Pair], zero: int) -> Tensor:
-    """``values[i] - values[j]`` for every pair, stacked; ``zero`` is what stands for zero."""
-    rows = torch.cat([values, torch.full_like(values[:1], zero)])
-    left = torch.tensor([i for i, _ in pairs], device=values.device)
-    right = torch.tensor([len(values) if j is None else j for _, j in pairs], device=values.device)
-    return rows.index_select(0, left).sub_(rows.index_select(0, right))
-
-
-def _positions(like: Tensor, lowest: int, count: int) -> Tensor:
-    """Numbers from ``lowest`` up along a new first dimension."""
-    return torch.arange(lowest, lowest + count, device=like.device).view(count, *[1] * like.dim())
-
-
-def _bits(words: Tensor, lowest: int, count: int) -> Tensor:
-    """Bits of each word from bit ``lowest`` up, stacked along a new first dimension, as uint8."""
-    return (words >> _positions(words, lowest, count)).bitwise_and_(1).to(torch.uint8)
-
-
-def _packed(bits: Tensor) -> Tensor:
-    """Bits stacked along the first dimension as one int64: the first is bit 0."""
-    return (bits.to(torch.int64) << _positions(bits[0], 0, len(bits))).sum(0)
 
 
 @dataclass(frozen=True)
@@ -147,19 +126,40 @@ class PairwiseMask(Correlation):
 
     def derive(self, uniform: Part, provider: Provider) -> dict[str, Tensor]:
         """Facts about R_i, about R_i - R_j, and products of fresh mask bits."""
-        count, *rest = self.shape
-        pairs = pairs_of(count, self.rectify)
         rho, mu = shift_right(uniform.r, self.drop), top_bit(uniform.r)
-        masks = _differences(shift_right(uniform.r, self.lowest), pairs, 0)
-        facts = comparison_facts(masks, Window(0, self.chunks), provider)
+        facts = comparison_facts(self._masks(uniform.r), Window(0, self.chunks), provider)
         s = provider.prg.bits(self.shape).to(torch.int64)
-        mask_bits = _packed(provider.prg.bits((len(pairs), *rest)))
-        h = lookup(winner(count, self.rectify).products, mask_bits) | (_packed(s) << (SELECTOR_BIT + 1 - count))
-        dealt = facts | {"s": s, "s_rho": s * rho, "h": h}
+        dealt = facts | {"s": s, "s_rho": s * rho, "h": self._products(s, provider)}
         if self.drop:
             narrow = truncation_facts(self.drop)["mu"]
             dealt |= {"rho": rho, "mu": mu.to(narrow), "s_mu": (s & mu).to(narrow)}
         return dealt
+
+    def correct(self, alice: Part, bob: Part, provider: Provider) -> dict[str, Tensor]:
+        """What `derive` says, in two passes that leave alice's expansions overwritten with the corrections."""
+        loops = phases.loops_for(alice.r)
+        if loops is None:
+            return super().correct(alice, bob, provider)
+        dealt = {name: value for name, value in vars(alice).items() if name != "r"}
+        about_pairs = {name: dealt[name] for name in ("thermometers", "m")}
+        about_values = {name: dealt[name] for name in dealt.keys() - about_pairs.keys()}
+        masks, window = self._masks(alice.r + bob.r), Window(0, self.chunks)
+        correct_facts(loops, masks, torch.zeros_like(masks), about_pairs, 0, window, False, provider)
+        selectors = correct_facts(loops, alice.r, bob.r, about_values, self.drop, None, True, provider)
+        bits = torch.from_numpy(np.unpackbits(selectors, count=alice.r.numel())).view(self.shape)
+        alice.h.bitwise_xor_(self._products(bits, provider))
+        return dealt
+
+    def _masks(self, r: Tensor) -> Tensor:
+        """What hides each pair's difference."""
+        return differences(shift_right(r, self.lowest), self.rectify, 0)
+
+    def _products(self, s: Tensor, provider: Provider) -> Tensor:
+        """H: products of fresh mask bits, and the selectors above them."""
+        count, *rest = self.shape
+        products = winner(count, self.rectify).products
+        mask_bits = provider.prg.words(tuple(rest)) & (len(products) - 1)
+        return lookup(products, mask_bits) | (packed(s) << (SELECTOR_BIT + 1 - count))
 
 
 def largest(z: Share, rectify: bool, scale: int | None = None, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
@@ -188,15 +188,12 @@ def largest(z: Share, rectify: bool, scale: int | None = None, chunks: int = MAX
     drop = 0 if scale is None else max(0, z.scale - scale)
     mask = PairwiseMask(tuple(z.shape), drop, comparison_window(z.scale, chunks).lowest, chunks, rectify)
     part = yield Take(mask)
-    alice, pairs = z.holder is Role.ALICE, pairs_of(count, rectify)
+    alice, tables = z.holder is Role.ALICE, winner(count, rectify)
     (opened,) = yield Open(phases.mask(z.words, part.r, alice))
-    bits = yield from _compare(opened, part, mask, pairs, alice)
-    (seen,) = yield Open((bits ^ _bits(part.h, 0, len(pairs))).to(torch.bool))
-    tables, index = winner(count, rectify), _packed(seen)
-    entries = index + (_positions(index, 0, count) << len(pairs))
-    picks = parity(part.h & lookup(tables.coefficients.view(-1), entries))
-    picks = picks ^ lookup(tables.constant.view(-1), entries) if alice else picks
-    (d,) = yield Open((picks ^ _bits(part.h, SELECTOR_BIT + 1 - count, count)).to(torch.bool))
+    bits = yield from _compare(opened, part, mask, alice)
+    (seen,) = yield Open(under_masks(bits, part.h, 0))
+    won = winners(seen, part.h, tables.coefficients, tables.constant, alice)
+    (d,) = yield Open(under_masks(won, part.h, SELECTOR_BIT + 1 - count))
     if drop:
         facts = (part.rho, part.mu, part.s, part.s_rho, part.s_mu)
         words = phases.selected(d, opened, facts, drop, alice)
@@ -205,11 +202,9 @@ def largest(z: Share, rectify: bool, scale: int | None = None, chunks: int = MAX
     return z.with_words(words.sum(0), z.scale - drop)
 
 
-def _compare(opened: Tensor, part: Part, mask: PairwiseMask, pairs: list[Pair], alice: bool) -> Protocol[Tensor]:
+def _compare(opened: Tensor, part: Part, mask: PairwiseMask, alice: bool) -> Protocol[Tensor]:
     """Shares of 1{Z_i ≥ Z_j} for every pair, from one opened byte each."""
-    # `compare` expects an opening's offset, which has cancelled in the differences.
-    differences = _differences(shift_right(opened, mask.lowest), pairs, OFFSET >> mask.lowest).add_(OFFSET)
-    byte, rest = phases.compare(differences, part.thermometers, part.m, 0, mask.chunks, alice)
+    byte, rest = compare_pairs(opened, part.thermometers, part.m, mask.rectify, mask.lowest, mask.chunks, alice)
     if mask.chunks == 1:
         return rest
     (byte,) = yield Open(byte)

@@ -15,6 +15,7 @@ from tacit.mpc.phases import CHUNK_BITS, OFFSET, SELECTOR_BIT, TOP_BIT
 from tacit.ring.kernels import compiled
 
 Words = NDArray[np.int64]
+Unsigned = NDArray[np.uint64]
 Bytes = NDArray[np.uint8]
 Narrow = NDArray[Any]
 
@@ -34,36 +35,121 @@ def mask(z: Words, r: Words, offset: int, out: Words) -> None:
 
 
 @compiled
+def _compare_block(
+    words: Unsigned, kept: Unsigned, thermometers: Words, stride: int, start: int, lowest: int, chunks: int,
+    alice: int, facts: Unsigned, byte: Bytes, rest: Bytes,
+) -> None:  # fmt: skip
+    """`compare` for at most a block of unmasked openings; row ``i`` of their thermometers is at ``i * stride + start``.
+
+    ``kept`` is their M, and ``facts`` is overwritten.
+    """
+    used = np.uint64((1 << 2 * (chunks - 1)) - 1)
+    first, top = np.uint64(alice), np.uint64(lowest + CHUNK_BITS * chunks)
+    for j in range(kept.size):
+        # The shares of e and l come below bit 32 as they stand in the byte; what stays at home comes at it.
+        signs = kept[j] >> _TOP_BIT ^ (first & ~(words[j] >> top))
+        facts[j] = (kept[j] & used) | (signs & _ONE) << _REST
+    for position in range(chunks):
+        chunk = chunks - 1 - position
+        shift = np.uint64(lowest + CHUNK_BITS * chunk)
+        equal = np.uint64(position) if chunk else _UNUSED
+        above = np.uint64(chunks - 2 + position) if position else _REST
+        row = thermometers[chunk * stride + start : chunk * stride + start + kept.size].view(np.uint64)
+        for j in range(kept.size):
+            pair = row[j] >> (words[j] >> shift & _LEVEL)
+            more = pair >> _ONE
+            facts[j] ^= (more & _ONE) << above ^ ((pair ^ more) & _ONE) << equal
+    for j in range(kept.size):
+        byte[j] = facts[j] & _BYTE
+    for j in range(kept.size):
+        rest[j] = facts[j] >> _REST & _ONE
+
+
+@compiled
 def compare(
     opened: Words, thermometers: Words, m: Words, lowest: int, chunks: int, alice: int, byte: Bytes, rest: Bytes
 ) -> None:  # fmt: skip
     """See `tacit.mpc.phases.compare`; ``thermometers`` holds one row a chunk."""
-    facts = np.empty(_BLOCK, np.uint64)
-    used = np.uint64((1 << 2 * (chunks - 1)) - 1)
-    first, top = np.uint64(alice), np.uint64(lowest + CHUNK_BITS * chunks)
+    facts, block = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
     size = opened.size
     for start in range(0, size, _BLOCK):
         end = min(start + _BLOCK, size)
         words, kept = opened[start:end].view(np.uint64), m[start:end].view(np.uint64)
         for j in range(end - start):
-            # The shares of e and l come below bit 32 as they stand in the byte; what stays at home comes at it.
-            signs = kept[j] >> _TOP_BIT ^ (first & ~((words[j] - _OFFSET) >> top))
-            facts[j] = (kept[j] & used) | (signs & _ONE) << _REST
-        for position in range(chunks):
-            chunk = chunks - 1 - position
-            shift = np.uint64(lowest + CHUNK_BITS * chunk)
-            equal = np.uint64(position) if chunk else _UNUSED
-            above = np.uint64(chunks - 2 + position) if position else _REST
-            row = thermometers[chunk * size + start : chunk * size + end].view(np.uint64)
-            for j in range(end - start):
-                pair = row[j] >> ((words[j] - _OFFSET) >> shift & _LEVEL)
-                more = pair >> _ONE
-                facts[j] ^= (more & _ONE) << above ^ ((pair ^ more) & _ONE) << equal
+            block[j] = words[j] - _OFFSET
         own, stays = byte[start:end], rest[start:end]
-        for j in range(end - start):
-            own[j] = facts[j] & _BYTE
-        for j in range(end - start):
-            stays[j] = facts[j] >> _REST & _ONE
+        _compare_block(block, kept, thermometers, size, start, lowest, chunks, alice, facts, own, stays)
+
+
+@compiled
+def compare_pairs(
+    opened: Words, thermometers: Words, m: Words, left: Words, right: Words, count: int, lowest: int, chunks: int,
+    alice: int, byte: Bytes, rest: Bytes,
+) -> None:  # fmt: skip
+    """See `tacit.mpc.pairs.compare_pairs`; ``opened`` holds ``count`` rows, and row ``count`` stands for zero."""
+    facts, block = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    size, shift = opened.size // count, np.uint64(lowest)
+    words = opened.view(np.uint64)
+    for pair in range(left.size):
+        for start in range(0, size, _BLOCK):
+            length = min(_BLOCK, size - start)
+            one = words[left[pair] * size + start :]
+            if right[pair] < count:
+                other = words[right[pair] * size + start :]
+                for j in range(length):
+                    block[j] = (one[j] >> shift) - (other[j] >> shift)
+            else:
+                for j in range(length):
+                    block[j] = (one[j] >> shift) - (_OFFSET >> shift)
+            at, to = pair * size + start, pair * size + start + length
+            kept, own, stays = m[at:to].view(np.uint64), byte[at:to], rest[at:to]
+            _compare_block(block, kept, thermometers, m.size, at, 0, chunks, alice, facts, own, stays)
+
+
+@compiled
+def winners(
+    seen: Bytes, h: Words, coefficients: Words, constant: Bytes, count: int, alice: int, out: Bytes
+) -> None:  # fmt: skip
+    """See `tacit.mpc.pairs.winners`; the tables hold ``count`` rows."""
+    size, entries, flip = h.size, coefficients.size // count, np.uint8(alice)
+    index, facts = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64)
+    table, kept = coefficients.view(np.uint64), h.view(np.uint64)
+    for start in range(0, size, _BLOCK):
+        length = min(_BLOCK, size - start)
+        index[:length] = 0
+        for pair in range(seen.size // size):
+            bits = seen[pair * size + start :]
+            for j in range(length):
+                index[j] |= np.int64(bits[j]) << pair
+        for i in range(count):
+            won, words = out[i * size + start :], kept[start:]
+            for j in range(length):
+                facts[j] = words[j] & table[i * entries + index[j]]
+            _fold(facts[:length])
+            for j in range(length):
+                won[j] = np.uint8(facts[j] & _ONE) ^ (constant[i * entries + index[j]] & flip)
+
+
+@compiled
+def under_masks(bits: Bytes, h: Words, lowest: int, out: Bytes) -> None:
+    """See `tacit.mpc.pairs.under_masks`."""
+    for row in range(bits.size // max(h.size, 1)):
+        own, under = bits[row * h.size :], out[row * h.size :]
+        for j in range(h.size):
+            under[j] = own[j] ^ np.uint8((h[j] >> (lowest + row)) & 1)
+
+
+@compiled
+def _fold(facts: Unsigned) -> None:
+    """Leave each word's parity in its lowest bit."""
+    for j in range(facts.size):
+        word = facts[j]
+        word ^= word >> np.uint64(32)
+        word ^= word >> np.uint64(16)
+        word ^= word >> np.uint64(8)
+        word ^= word >> np.uint64(4)
+        word ^= word >> np.uint64(2)
+        facts[j] = word ^ word >> _ONE
 
 
 @compiled
@@ -79,14 +165,7 @@ def resolve(
         # The table is read one word at a time; apart from it, what follows becomes vector instructions.
         for j in range(end - start):
             facts[j] = kept[j] & table[opened[j]]
-        for j in range(end - start):
-            word = facts[j]
-            word ^= word >> np.uint64(32)
-            word ^= word >> np.uint64(16)
-            word ^= word >> np.uint64(8)
-            word ^= word >> np.uint64(4)
-            word ^= word >> np.uint64(2)
-            facts[j] = word ^ word >> _ONE
+        _fold(facts[: end - start])
         for j in range(end - start):
             bits[j] = np.uint8(facts[j] & _ONE) ^ known[j] ^ (constant[opened[j]] & flip)
 

@@ -99,11 +99,13 @@ class Weight:
         share: its share of W.
         number: which dealt mask B hides it.
         difference: F = W - B, which both parties know.
+        bias: its share of what is added to every product with W, broadcasting; added before any query.
     """
 
     share: Share
     number: int
     difference: Tensor
+    bias: Share | None = None
 
     def __repr__(self) -> str:
         return f"Weight({self.number}, {self.share})"
@@ -130,16 +132,25 @@ class WeightMask(Correlation):
 
 @dataclass(frozen=True)
 class WeightProduct(Correlation):
-    """For one product with weight ``number``: a mask A of the input, and A∘B."""
+    """For one product with weight ``number``: a mask A of the input, and A∘B.
+
+    Args:
+        number: the weight's.
+        op: the bilinear map.
+        left: the input's shape.
+        right: the weight's.
+        lift: the bits by which the product's scale exceeds the bias's, where the weight has one.
+    """
 
     number: int
     op: Bilinear
     left: tuple[int, ...]
     right: tuple[int, ...]
+    lift: int = 0
 
     @property
     def fields(self) -> dict[str, Field]:
-        """A, and q: C = A∘B as dealt, Q = A∘F + C once prepared."""
+        """A, and q: C = A∘B as dealt, Q = A∘F + C + bias once prepared."""
         return {"a": Field(self.left), "q": Field(output_shape(self.op, self.left, self.right), dealt=True)}
 
     def derive(self, uniform: Part, provider: Provider) -> dict[str, Tensor]:
@@ -152,9 +163,10 @@ class WeightProduct(Correlation):
         return multiplications(self.op, self.left, self.right)
 
     def prepare(self, part: Part, party: Party) -> Part:
-        """Q_p = A_p∘F + C_p."""
+        """Q_p = A_p∘F + C_p + bias_p."""
         weight: Weight = party.weights[self.number]
-        return Part(a=part.a, q=part.q + self.op(part.a, weight.difference))
+        q = self.op(part.a, weight.difference).add_(part.q)
+        return Part(a=part.a, q=q if weight.bias is None else q.add_(weight.bias.words << self.lift))
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ def load_weight(weight: Share, number: int) -> Protocol[Weight]:
 
 
 def times_weight(x: Share, weight: Weight, op: Bilinear) -> Protocol[Share]:
-    """[X]∘[W] for a loaded weight.
+    """[X]∘[W] for a loaded weight, plus its bias if it has one.
 
     1. take [A] and Q; 2. open E = X - A; 3. Z_p = E∘W_p + Q_p.
 
@@ -213,15 +225,17 @@ def times_weight(x: Share, weight: Weight, op: Bilinear) -> Protocol[Share]:
         op: the bilinear map, with x as its left operand.
 
     Returns:
-        A share of X∘W, exact in the ring, at the sum of the two scales.
+        A share of X∘W, exact in the ring, at the sum of the two scales; a bias has at most as many fractional bits.
 
     Leakage: none; E is uniform.
     Cost: one round, 8 bytes an element of X each way; 8 bytes an element of the product dealt, to bob.
     Source: Beaver, CRYPTO 1991; Mohassel and Zhang, SecureML, S&P 2017, section IV-A.
     """
-    part = yield Take(WeightProduct(weight.number, op, tuple(x.shape), tuple(weight.share.shape)))
+    scale = x.scale + weight.share.scale
+    lift = scale - weight.bias.scale if weight.bias else 0
+    part = yield Take(WeightProduct(weight.number, op, tuple(x.shape), tuple(weight.share.shape), lift))
     (opened,) = yield Open(x.words - part.a)
-    return x.with_words(op(opened, weight.share.words).add_(part.q), x.scale + weight.share.scale)
+    return x.with_words(op(opened, weight.share.words).add_(part.q), scale)
 
 
 def times(x: Share, y: Share, op: Bilinear) -> Protocol[Share]:

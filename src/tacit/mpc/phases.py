@@ -42,7 +42,7 @@ def mask(z: Tensor, r: Tensor, alice: bool) -> Tensor:
     offset = OFFSET if alice else 0
     if loops is None:
         return z + r + offset
-    out, words = _new(z, np.int64)
+    out, words = new(z, np.int64)
     loops.mask(*_alike(z, r), offset, words)
     return out
 
@@ -68,7 +68,7 @@ def compare(
     if loops is not None:
         if len(thermometers) != chunks:
             raise InputError(f"a window of {chunks} chunks needs as many thermometer words, not {len(thermometers)}")
-        (byte, own), (rest, kept) = _new(opened, np.uint8), _new(opened, np.uint8)
+        (byte, own), (rest, kept) = new(opened, np.uint8), new(opened, np.uint8)
         words, facts, _ = _alike(opened, m, thermometers[0])
         loops.compare(words, *flat(thermometers), facts, lowest, chunks, int(alice), own, kept)
         return byte, rest
@@ -94,7 +94,7 @@ def resolve(byte: Tensor, rest: Tensor, m: Tensor, coefficients: Tensor, constan
     """The share of 1{Z ≥ 0} = rest ⊕ parity(M & COEFFICIENTS[byte]) ⊕ CONSTANT[byte], from the opened byte."""
     loops = loops_for(byte)
     if loops is not None:
-        out, words = _new(byte, np.uint8)
+        out, words = new(byte, np.uint8)
         loops.resolve(*_alike(byte, rest, m), *flat(coefficients, constant), int(alice), words)
         return out
     result = rest ^ parity(m & lookup(coefficients, byte))
@@ -106,7 +106,7 @@ def under_selector(bits: Tensor, m: Tensor) -> Tensor:
     loops = loops_for(bits)
     if loops is None:
         return (bits ^ bits_at(m, SELECTOR_BIT, 1).to(torch.uint8)).to(torch.bool)
-    out, words = _new(bits, np.bool_)
+    out, words = new(bits, np.bool_)
     loops.under_selector(*_alike(bits, m), words.view(np.uint8))
     return out
 
@@ -115,7 +115,7 @@ def truncated(opened: Tensor, rho: Tensor, mu: Tensor, drop: int, alice: bool) -
     """The share of v = (Ẑ >> t) - 2^(62-t) - ρ + (1 - msb Ẑ)·μ, for t = ``drop`` > 0."""
     loops = loops_for(opened)
     if loops is not None:
-        out, words = _new(opened, np.int64)
+        out, words = new(opened, np.int64)
         loops.truncated(*_alike(opened, rho, mu), drop, int(alice), words)
         return out
     own = _unmasked(opened, rho, mu, drop)
@@ -134,7 +134,7 @@ def selected(d: Tensor, opened: Tensor, facts: Sequence[Tensor], drop: int, alic
     """
     loops = loops_for(opened)
     if loops is not None:
-        out, words = _new(opened, np.int64)
+        out, words = new(opened, np.int64)
         loops.selected(*_alike(d.view(torch.uint8), opened, *facts), drop, int(alice), words)
         return out
     rho, mu, s, s_rho, s_mu = facts
@@ -147,7 +147,7 @@ def selected_whole(d: Tensor, opened: Tensor, value: Tensor, facts: Sequence[Ten
     """The same without truncation: ``value`` is the share of v = Z, and the facts are shares of s and s·R."""
     loops = loops_for(opened)
     if loops is not None:
-        out, words = _new(opened, np.int64)
+        out, words = new(opened, np.int64)
         loops.selected_whole(*_alike(d.view(torch.uint8), opened, value, *facts), words)
         return out
     s, s_rho = facts
@@ -177,7 +177,8 @@ def _alike(*tensors: Tensor) -> list[NDArray[np.generic]]:
     return arrays
 
 
-def _new(like: Tensor, dtype: type[np.generic]) -> tuple[Tensor, NDArray[np.generic]]:
+def new(like: Tensor, dtype: type[np.generic]) -> tuple[Tensor, NDArray[np.generic]]:
+    """A tensor of this shape to be filled, and its elements as a flat array."""
     # NumPy's large arrays lie on large pages, torch's do not: the first write to them is several times faster.
     array = np.empty(like.shape, dtype)
     return torch.from_numpy(array), array.reshape(-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import product
-from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -54,7 +53,18 @@ class Windows:
 
     def elements(self, tensor: Tensor, filler: int) -> list[Tensor]:
         """One tensor for each position in the window, holding that element of every window; views where possible."""
-        sizes = tuple(tensor.shape[-len(self.kernel) :])
+        every = self._every(tensor, filler)
+        return [every[offsets] for offsets in product(*map(range, self.kernel))]
+
+    def stacked(self, tensor: Tensor, filler: int) -> Tensor:
+        """The same in one contiguous tensor, ``(positions, ..., *outputs)``."""
+        every = self._every(tensor, filler)
+        return every.reshape(math.prod(self.kernel), *every.shape[len(self.kernel) :])
+
+    def _every(self, tensor: Tensor, filler: int) -> Tensor:
+        """All windows, ``(*kernel, ..., *outputs)``; a view where there is no padding."""
+        rank = len(self.kernel)
+        sizes = tuple(tensor.shape[-rank:])
         counts = self.outputs(sizes)
         edges: list[int] = []
         for size, count, k, s, p, d in zip(
@@ -64,14 +74,10 @@ class Windows:
             edges = [p, far, *edges]
         if any(edges):
             tensor = functional.pad(tensor, edges, value=filler)
-        positions = []
-        for offsets in product(*map(range, self.kernel)):
-            corner = [offset * d for offset, d in zip(offsets, self.dilation, strict=True)]
-            ends = [c + (n - 1) * s + 1 for c, n, s in zip(corner, counts, self.stride, strict=True)]
-            grid = [slice(c, end, s) for c, end, s in zip(corner, ends, self.stride, strict=True)]
-            where: tuple[EllipsisType | slice, ...] = (..., *grid)
-            positions.append(tensor[where])
-        return positions
+        before, last = tensor.stride()[:-rank], tensor.stride()[-rank:]
+        within = [step * d for step, d in zip(last, self.dilation, strict=True)]
+        between = [step * s for step, s in zip(last, self.stride, strict=True)]
+        return tensor.as_strided((*self.kernel, *tensor.shape[:-rank], *counts), (*within, *before, *between))
 
 
 def max_pool(x: Share, windows: Windows, chunks: int = MAX_CHUNKS) -> Protocol[Share]:
@@ -119,7 +125,7 @@ def max_pool_at_once(x: Share, windows: Windows, rectify: bool, chunks: int = MA
 
     Cost: 4 rounds.
     """
-    values = x.with_words(torch.stack(windows.elements(x.words, filler(x))))
+    values = x.with_words(windows.stacked(x.words, filler(x)))
     return (yield from largest(values, rectify, FRACTION_BITS if rectify else None, chunks))
 
 

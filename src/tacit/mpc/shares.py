@@ -37,7 +37,7 @@ class Share:
 
     def with_words(self, words: Tensor, scale: int | None = None) -> Share:
         """Another share of the same holder."""
-        return replace(self, words=words, scale=self.scale if scale is None else scale)
+        return Share(words, self.scale if scale is None else scale, self.holder)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Share:
         """Apply a linear map with integer coefficients (a view, a permutation, a sum) to the share, locally."""

@@ -22,11 +22,15 @@ A linear layer, a truncation and a ReLU take four rounds in all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from types import ModuleType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tacit.errors import InputError
@@ -166,20 +170,50 @@ class Mask(Correlation):
         loops = phases.loops_for(alice.r)
         if loops is None:
             return super().correct(alice, bob, provider)
-        count, window = alice.r.numel(), self.window
-        names = ("rho", "mu", "thermometers", "m", "s", "s_rho", "s_mu")
-        # Empty where absent, of the type that is usual, for which the loop is compiled anyway.
-        narrow = _ring_of(self.drop or FRACTION_BITS)
-        absent = {name: torch.empty(0, dtype=narrow if name.endswith("mu") else torch.int64) for name in names}
-        loops.correct(
-            *phases.flat(alice.r, bob.r, *(vars(alice).get(name, absent[name]) for name in names)),
-            self.drop,
-            *((window.lowest, window.chunks) if window else (0, 0)),
-            *phases.flat(combiner(window.chunks if window else 1).products),
-            provider.prg.array(count if window else 0),
-            provider.prg.array(-(-count // 8) if self.select else 0),
-        )
+        correct_facts(loops, alice.r, bob.r, vars(alice), self.drop, self.window, self.select, provider)
         return {name: value for name, value in vars(alice).items() if name != "r"}
+
+
+def correct_facts(
+    loops: ModuleType,
+    r: Tensor,
+    other: Tensor,
+    facts: Mapping[str, Tensor],
+    drop: int,
+    window: Window | None,
+    select: bool,
+    provider: Provider,
+) -> NDArray[np.uint8]:
+    """Overwrite alice's expansions of facts about the mask R = r + other with the corrections for bob.
+
+    Args:
+        loops: the compiled loops.
+        r: one half of R.
+        other: the other half.
+        facts: what is dealt about R, by the names of `Mask.fields`.
+        drop: as in `Mask`.
+        window: likewise.
+        select: likewise.
+        provider: whose generator draws the mask bits of M, and selectors.
+
+    Returns:
+        The selectors s, eight a byte, the first of them the highest; empty for none.
+    """
+    names = ("rho", "mu", "thermometers", "m", "s", "s_rho", "s_mu")
+    # Empty where absent, of the type that is usual, for which the loop is compiled anyway.
+    narrow = _ring_of(drop or FRACTION_BITS)
+    absent = {name: torch.empty(0, dtype=narrow if name.endswith("mu") else torch.int64) for name in names}
+    mask_bits = provider.prg.array(r.numel() if window else 0)
+    selectors = provider.prg.array(-(-r.numel() // 8) if select else 0)
+    loops.correct(
+        *phases.flat(r, other, *(facts.get(name, absent[name]) for name in names)),
+        drop,
+        *((window.lowest, window.chunks) if window else (0, 0)),
+        *phases.flat(combiner(window.chunks if window else 1).products),
+        mask_bits,
+        selectors,
+    )
+    return selectors
 
 
 def comparison_facts(r: Tensor, window: Window, provider: Provider) -> dict[str, Tensor]:
