@@ -13,17 +13,20 @@ from tacit.cluster import Cluster, PrivateModel, cluster
 from tacit.data.examples import Examples
 from tacit.errors import TacitError
 from tacit.federated.fedavg import FedAvg
+from tacit.federated.privacy import CentralDP, RecordDP
 from tacit.runtimes.simulation import FederatedRun, federate
 from tacit.tensor import PrivateTensor, share_module, tensor
 
 __version__ = "0.1.0"
 __all__ = [
+    "CentralDP",
     "Cluster",
     "Examples",
     "FedAvg",
     "FederatedRun",
     "PrivateModel",
     "PrivateTensor",
+    "RecordDP",
     "TacitError",
     "cluster",
     "federate",

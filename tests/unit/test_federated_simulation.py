@@ -113,7 +113,7 @@ def test_threads_are_restored_and_one_while_training() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        run(model=Probe(6, 3))
+        run(model=Probe(6, 3), solver="plain")
         assert seen == {1}
         assert torch.get_num_threads() == 2
         with pytest.raises(TrainingError):
@@ -125,6 +125,28 @@ def test_threads_are_restored_and_one_while_training() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_solver_and_number_of_processes_trains_alike() -> None:
+    plain = run(solver="plain")
+    assert plain.notes == ()
+    fast = run()
+    for a, b in zip(plain.model.state_dict().values(), fast.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert equal(run(processes=2).model, fast.model)
+    assert equal(run(solver="plain", processes=3).model, plain.model)
+
+
+def test_a_model_that_does_not_trace_trains_in_the_plain_loop_and_the_run_says_so() -> None:
+    class Deciding(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            outputs = super().forward(input)
+            return outputs if outputs.detach().sum().item() > 0 else -outputs
+
+    result = run(model=Deciding(6, 3))
+    assert len(result.notes) == 1
+    assert result.notes[0].startswith("clients train in the plain loop: ")
+    assert equal(result.model, run(model=Deciding(6, 3), solver="plain").model)
 
 
 def test_a_client_that_diverges_is_left_out_and_named() -> None:
@@ -163,6 +185,10 @@ def test_clients_without_examples_are_never_selected() -> None:
         ({"target_accuracy": 0.9, "test": None}, r"target_accuracy=0\.9 needs test examples"),
         ({"test": examples(0), "rounds": 10**9, "evaluate_every": 10**9}, "test has no examples"),
         ({"initial": "zeros"}, "initial='zeros'"),
+        ({"processes": 0}, "processes=0: "),
+        ({"solver": "quick"}, "solver='quick': choose one of auto, plain"),
+        ({"cohort": None}, "give either cohort="),
+        ({"patience": 0}, "patience=0: "),
     ],
 )
 def test_bad_options_are_named(changes: dict[str, object], complaint: str) -> None:

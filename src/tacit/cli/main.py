@@ -12,6 +12,7 @@ from tacit import __version__
 from tacit.cli import bench
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
+from tacit.cli.train import resume, runs, train
 from tacit.errors import TacitError
 
 app = typer.Typer(
@@ -21,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(train)
+app.command()(resume)
+app.command()(runs)
 app.command()(cost)
 app.add_typer(bench.app, name="bench")
 

@@ -1,6 +1,7 @@
-"""Reference networks for 28 × 28 grey images in ten classes.
+"""Reference networks, with PyTorch's own initial weights.
 
-Each maps float ``(n, 1, 28, 28)`` to logits ``(n, 10)`` and comes with PyTorch's own initial weights.
+`two_nn`, `cnn` and `lenet` are for 28 × 28 grey images in ten classes: float ``(n, 1, 28, 28)`` to logits ``(n, 10)``;
+`logistic` and `mlp` for tables: float ``(n, features)`` to logits ``(n, classes)``.
 """
 
 from __future__ import annotations
@@ -50,3 +51,13 @@ def lenet() -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(500, 10),
     )
+
+
+def logistic(features: int, classes: int) -> nn.Linear:
+    """Logistic regression: a linear layer whose outputs are logits."""
+    return nn.Linear(features, classes)
+
+
+def mlp(features: int, classes: int, hidden: int = 16) -> nn.Sequential:
+    """One hidden layer of ReLU units."""
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))

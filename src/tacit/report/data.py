@@ -1,4 +1,4 @@
-"""What a demonstration run leaves to be reported: plain frozen records, no drawing and no HTML."""
+"""What a run leaves to be reported: plain frozen records, no drawing and no HTML."""
 
 from __future__ import annotations
 
@@ -109,5 +109,30 @@ class DemoReport:
     layers: Sequence[LayerCost]
     seconds_federated: float
     seconds_encrypted: float
+    settings: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """A federated training.
+
+    Args:
+        dataset: name of the data set.
+        model: name of the model.
+        algorithm: name of the algorithm.
+        history: the rounds, in order.
+        label_counts: int64 tensor ``(clients, classes)``; training examples of each class at each client.
+        seconds: wall-clock time of all rounds.
+        settings: what the run was asked to do, by name.
+        versions: software and machine, by name.
+    """
+
+    dataset: str
+    model: str
+    algorithm: str
+    history: Sequence[RoundRecord]
+    label_counts: Tensor
+    seconds: float
     settings: Mapping[str, str]
     versions: Mapping[str, str]

@@ -1,6 +1,7 @@
-"""The HTML report of a demonstration run: one file that needs nothing else, neither network nor scripts.
+"""The HTML report of a run: one file that needs nothing else, neither network nor scripts.
 
-``render`` makes the page, ``write`` puts it on disk. The page's content security policy forbids any request.
+``render`` and ``render_training`` make the page, ``write`` puts it on disk. The content security policy of the page
+forbids any request.
 """
 
 from __future__ import annotations
@@ -8,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 from tacit.errors import InputError
 from tacit.report import sections
-from tacit.report.data import DemoReport, LayerCost, Sample
+from tacit.report.data import DemoReport, LayerCost, Sample, TrainingReport
 
-__all__ = ["DemoReport", "LayerCost", "Sample", "render", "write"]
+__all__ = ["DemoReport", "LayerCost", "Sample", "TrainingReport", "render", "render_training", "write"]
 
 
 def render(report: DemoReport) -> str:
-    """Make the page.
+    """Make the page of a demonstration.
 
     Returns:
         A whole HTML document; the same report gives the same text.
@@ -28,14 +30,35 @@ def render(report: DemoReport) -> str:
     Raises:
         InputError: matplotlib, which comes with ``tacit[demo]``, is not installed.
     """
-    style = resources.files("tacit.report").joinpath("style.css").read_text(encoding="utf-8")
     written = (
-        sections.training(report),
+        sections.training(report.history, report.label_counts, report.seconds_federated),
         sections.predicting(report),
         sections.parties(report),
         sections.cost(report),
-        sections.provenance(report),
+        sections.provenance(report.settings, report.versions),
     )
+    return _page(f"{report.model} on {report.dataset}", sections.header(report), written)
+
+
+def render_training(report: TrainingReport) -> str:
+    """Make the page of a training run.
+
+    Returns:
+        A whole HTML document; the same report gives the same text.
+
+    Raises:
+        InputError: matplotlib, which comes with ``tacit[demo]``, is not installed.
+    """
+    written = (
+        sections.training(report.history, report.label_counts, report.seconds),
+        sections.circumstances(report.history),
+        sections.provenance(report.settings, report.versions),
+    )
+    return _page(f"{report.model} on {report.dataset}", sections.training_header(report), written)
+
+
+def _page(title: str, header: str, written: Sequence[str]) -> str:
+    style = resources.files("tacit.report").joinpath("style.css").read_text(encoding="utf-8")
     body = "\n".join(written)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -45,12 +68,12 @@ def render(report: DemoReport) -> str:
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>tacit: {escape(report.model)} on {escape(report.dataset)}</title>
+<title>tacit: {escape(title)}</title>
 <style>
 {style}</style>
 </head>
 <body>
-{sections.header(report)}
+{header}
 <main>
 {body}
 </main>
@@ -59,13 +82,13 @@ def render(report: DemoReport) -> str:
 """
 
 
-def write(report: DemoReport, path: str | os.PathLike[str]) -> None:
-    """Write the page to ``path``, all of it or nothing: a reader never finds half a file there.
+def write(report: DemoReport | TrainingReport, path: str | os.PathLike[str]) -> None:
+    """Write the report's page to ``path``, all of it or nothing: a reader never finds half a file there.
 
     Raises:
         InputError: nothing can be written there, or matplotlib is not installed.
     """
-    page = render(report)
+    page = render(report) if isinstance(report, DemoReport) else render_training(report)
     target = Path(path)
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:

@@ -14,6 +14,7 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,54 @@ def accuracy(history: Sequence[RoundRecord]) -> str | None:
     """Draw accuracy against round, as SVG; ``None`` if no round was evaluated."""
     points = [(r.round, 100 * r.accuracy) for r in history if r.accuracy is not None and math.isfinite(r.accuracy)]
     return _curve("accuracy", points, "accuracy, %", "{:.1f}%", 101) if points else None
+
+
+def accuracy_in_time(history: Sequence[RoundRecord]) -> str | None:
+    """Draw accuracy against the virtual clock in hours, as SVG; ``None`` without simulated devices."""
+    points = [
+        (r.simulated_seconds / 3600, 100 * r.accuracy)
+        for r in history
+        if r.accuracy is not None and math.isfinite(r.accuracy) and r.simulated_seconds is not None
+    ]
+    return _curve("clock", points, "accuracy, %", "{:.1f}%", 101, "simulated hours") if points else None
+
+
+def worst_decile(history: Sequence[RoundRecord]) -> str | None:
+    """Draw the accuracy at the clients, mean and worst decile, as SVG; ``None`` if it was never taken."""
+    points = [(r.round, 100 * r.clients.worst_decile) for r in history if r.clients is not None]
+    mean = [100 * r.clients.mean for r in history if r.clients is not None]
+    return _curve("fairness", points, "accuracy, %", "{:.1f}%", 101, reference=mean) if points else None
+
+
+def epsilon(history: Sequence[RoundRecord]) -> str | None:
+    """Draw the privacy spent against round, as SVG; ``None`` without differential privacy."""
+    points = [(r.round, r.epsilon) for r in history if r.epsilon is not None and math.isfinite(r.epsilon)]
+    return _curve("epsilon", points, "ε spent", "{:.2f}", math.inf) if points else None
+
+
+def sent(history: Sequence[RoundRecord]) -> str | None:
+    """Draw megabytes sent to the server, added up over the rounds, as SVG; ``None`` without rounds."""
+    totals = accumulate(r.bytes_up / 1e6 for r in history)
+    points = [(r.round, total) for r, total in zip(history, totals, strict=True)]
+    return _curve("sent", points, "MB sent to the server", "{:,.1f}", math.inf) if points else None
+
+
+def participation(history: Sequence[RoundRecord]) -> str | None:
+    """Draw how many clients were invited to each round and how many finished; ``None`` if all always did."""
+    if not any(r.lost for r in history):
+        return None
+    rounds = [r.round for r in history]
+    figure = _figure(4.2, 2.5)
+    axes = figure.subplots()
+    _bare(axes)
+    axes.bar(rounds, [len(r.cohort) for r in history], width=0.9, color=CLEAR, linewidth=0)
+    bottoms = [len(r.cohort) for r in history]
+    axes.bar(rounds, [len(r.lost) for r in history], width=0.9, bottom=bottoms, color=RULE, linewidth=0)
+    axes.set_xlabel("round", fontsize=_LABEL, color=MUTED)
+    axes.set_ylabel("clients", fontsize=_LABEL, color=MUTED)
+    axes.locator_params(axis="both", integer=True)
+    lost = sum(len(r.lost) for r in history)
+    return _svg(figure, "participation", f"clients that finished each round, and {lost} in all that did not")
 
 
 def loss(history: Sequence[RoundRecord]) -> str | None:
@@ -111,12 +160,23 @@ def sum_ink(alice: Tensor, bob: Tensor) -> Tensor:
     return ink((total - low) / (high - low).clamp(min=1))
 
 
-def _curve(name: str, points: list[tuple[int, float]], label: str, form: str, most: float) -> str:
+def _curve(
+    name: str,
+    points: Sequence[tuple[float, float]],
+    label: str,
+    form: str,
+    most: float,
+    across: str = "round",
+    reference: Sequence[float] | None = None,
+) -> str:
+    """Draw values against rounds, or against what ``across`` names; a reference is a thin line beside them."""
     rounds, values = [p[0] for p in points], [p[1] for p in points]
     figure = _figure(4.2, 2.5)
     axes = figure.subplots()
     _bare(axes)
     marker = "o" if len(points) <= _POINT_MARKERS else ""
+    if reference is not None:
+        axes.plot(rounds, reference, color=MUTED, linewidth=1.0)
     axes.plot(rounds, values, color=CLEAR, linewidth=1.6, marker=marker, markersize=3.2, solid_capstyle="round")
     axes.plot(rounds[-1:], values[-1:], color=CLEAR, marker="o", markersize=5.5, linewidth=0, clip_on=False)
     axes.annotate(
@@ -130,14 +190,16 @@ def _curve(name: str, points: list[tuple[int, float]], label: str, form: str, mo
         fontweight="bold",
         annotation_clip=False,
     )
-    axes.set_xlabel("round", fontsize=_LABEL, color=MUTED)
+    axes.set_xlabel(across, fontsize=_LABEL, color=MUTED)
     axes.set_ylabel(label, fontsize=_LABEL, color=MUTED)
-    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.locator_params(axis="x", integer=across == "round", min_n_ticks=1)
     axes.locator_params(axis="y", nbins=6)
     axes.set_ylim(top=min(axes.get_ylim()[1], most))
-    axes.set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
+    margin = 0.5 if across == "round" else 0.02 * (rounds[-1] - rounds[0]) or 0.5
+    axes.set_xlim(rounds[0] - margin, rounds[-1] + margin)
     first, last = form.format(values[0]), form.format(values[-1])
-    return _svg(figure, name, f"{label} from {first} in round {rounds[0]} to {last} in round {rounds[-1]}")
+    ends = (f"{across} {end:.4g}" for end in (rounds[0], rounds[-1]))
+    return _svg(figure, name, f"{label} from {first} at {next(ends)} to {last} at {next(ends)}")
 
 
 def _squares(axes: Axes, counts: list[list[int]], annotate: bool) -> None:

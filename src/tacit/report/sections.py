@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from torch import Tensor
 
+from tacit.federated.history import RoundRecord
 from tacit.report import plots
-from tacit.report.data import DemoReport, LayerCost, Sample
+from tacit.report.data import DemoReport, LayerCost, Sample, TrainingReport
 from tacit.report.units import SPACE, count, duration, percent, plural, scientific, size
 
 _EXCHANGES = 4  # images shown share by share
@@ -37,18 +39,38 @@ neither the images, nor the model, nor the answers.</p>
 </header>"""
 
 
-def training(report: DemoReport) -> str:
+def training_header(report: TrainingReport) -> str:
+    """Write what was trained, in a sentence and figures."""
+    evaluated = [record.accuracy for record in report.history if record.accuracy is not None]
+    last = report.history[-1] if report.history else None
+    figures = {"rounds": count(len(report.history))}
+    if evaluated:
+        figures |= {"accuracy at the end": percent(evaluated[-1]), "accuracy at its best": percent(max(evaluated))}
+    if last and last.epsilon is not None:
+        figures["ε spent"] = f"{last.epsilon:.2f}"
+    if last and last.clients is not None:
+        figures["worst tenth of the clients"] = percent(last.clients.worst_decile)
+    if last and last.simulated_seconds is not None:
+        figures["simulated time"] = duration(last.simulated_seconds)
+    rows = "\n".join(_figure(name, value) for name, value in figures.items())
+    return f"""<header>
+<p class="kicker">tacit: a federated training</p>
+<h1>Train together, <span>keep it apart.</span></h1>
+<p class="lead">{plural(len(report.label_counts), "client")} trained one {escape(report.model)} on
+{escape(report.dataset)} by {escape(report.algorithm)}, without handing over a single example.</p>
+<dl class="figures">
+{rows}
+</dl>
+</header>"""
+
+
+def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: float) -> str:
     """Write how the federated rounds went, and how the data lay over the clients."""
-    history, clients = report.history, len(report.label_counts)
-    drawn = [
-        _plot(svg, caption)
-        for svg, caption in (
-            (plots.accuracy(history), "Accuracy of the global model on held-out examples, after each round."),
-            (plots.loss(history), "Mean cross-entropy of the global model on held-out examples."),
-        )
-        if svg is not None
-    ]
-    curves = "\n".join(drawn) or '<p class="note">No round of this run was evaluated.</p>'
+    clients = len(label_counts)
+    drawn = (
+        (plots.accuracy(history), "Accuracy of the global model on held-out examples, after each round."),
+        (plots.loss(history), "Mean loss of the global model on held-out examples."),
+    )
     shown = ""
     if clients > plots.MOST_CLIENTS:
         shown = f" The first {plots.MOST_CLIENTS} of {count(clients)} clients are shown."
@@ -60,22 +82,48 @@ def training(report: DemoReport) -> str:
         "clients": count(clients),
         "rounds": count(len(history)),
         "clients in a round": cohort,
-        "training examples": count(int(report.label_counts.sum())),
+        "training examples": count(int(label_counts.sum())),
         "sent to the server": size(sum(record.bytes_up for record in history)),
         "sent to clients": size(sum(record.bytes_down for record in history)),
-        "time": duration(report.seconds_federated),
+        "time": duration(seconds),
     }
     text = f"""<p>In each round the server sends its model to some of the clients. Each trains it on its own
 examples for a while and sends back only what changed; the server averages the changes. The examples stay
 where they are.</p>
-<div class="pair">
-{curves}
-</div>
+{_drawn(drawn) or '<p class="note">No round of this run was evaluated.</p>'}
 <div class="pair {wide}">
-{_plot(plots.partition(report.label_counts), split, wide)}
+{_plot(plots.partition(label_counts), split, wide)}
 {_facts(facts)}
 </div>"""
     return _section("Training together", text)
+
+
+def circumstances(history: Sequence[RoundRecord]) -> str:
+    """Write what the training met and spent: privacy, devices, evenness, bytes; nothing if there is nothing to tell."""
+    drawn = (
+        (plots.epsilon(history), "Privacy spent: ε of (ε, δ), added up over the rounds."),
+        (plots.worst_decile(history), "Accuracy at the worst tenth of the clients; the thin line is the mean client."),
+        (plots.accuracy_in_time(history), "Accuracy against the time that the simulated devices needed."),
+        (plots.participation(history), "Clients that finished each round; in grey, those that were lost on the way."),
+        (plots.sent(history), "Bytes that the clients sent to the server, added up over the rounds."),
+    )
+    lost = Counter(reason for record in history for reason in record.lost.values())
+    reasons = {reason: plural(number, "client") for reason, number in lost.most_common()}
+    text = _drawn(drawn)
+    if reasons:
+        text += f"\n<h3>Why clients were lost</h3>\n{_facts(reasons)}"
+    return _section("What it met and spent", text)
+
+
+def provenance(settings: Mapping[str, str], versions: Mapping[str, str]) -> str:
+    """Write the settings and versions that the run can be repeated with."""
+    text = f"""<div class="pair">
+<div><h3>Settings</h3>
+{_facts({name: escape(value) for name, value in settings.items()})}</div>
+<div><h3>Versions</h3>
+{_facts({name: escape(value) for name, value in versions.items()})}</div>
+</div>"""
+    return _section("To run it again", text)
 
 
 def predicting(report: DemoReport) -> str:
@@ -141,17 +189,6 @@ not depend on the image and can be sent beforehand.</p>
     return _section("What it costs", text)
 
 
-def provenance(report: DemoReport) -> str:
-    """Write the settings and versions that the run can be repeated with."""
-    text = f"""<div class="pair">
-<div><h3>Settings</h3>
-{_facts({name: escape(value) for name, value in report.settings.items()})}</div>
-<div><h3>Versions</h3>
-{_facts({name: escape(value) for name, value in report.versions.items()})}</div>
-</div>"""
-    return _section("To run it again", text)
-
-
 def _section(title: str, body: str) -> str:
     return f'<section>\n<h2>{title}</h2>\n<div class="body">\n{body}\n</div>\n</section>'
 
@@ -170,6 +207,13 @@ def _plot(svg: str, caption: str, kind: str = "") -> str:
 <div class="scroll">{svg}</div>
 <figcaption>{caption}</figcaption>
 </figure>"""
+
+
+def _drawn(figures: Iterable[tuple[str | None, str]]) -> str:
+    """The figures that there is something to draw for, two in a row; empty if there is none."""
+    drawn = [_plot(svg, caption) for svg, caption in figures if svg is not None]
+    rows = (drawn[i : i + 2] for i in range(0, len(drawn), 2))
+    return "\n".join('<div class="pair">\n' + "\n".join(row) + "\n</div>" for row in rows)
 
 
 def _picture(darkness: Tensor, alt: str) -> str:

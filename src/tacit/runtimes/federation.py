@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tacit.errors import TrainingError
+from tacit.data.examples import Examples
+from tacit.errors import InputError, TrainingError
 from tacit.federated.algorithm import Algorithm, Memory, ServerState, Update
+from tacit.federated.central_privacy import CentralPrivacy
+from tacit.federated.devices import Fleet
+from tacit.federated.devices_schedule import RoundPolicy, Schedule, open_round, schedule
+from tacit.federated.evaluation import evaluate, evaluate_clients
 from tacit.federated.generators import generator_for
-from tacit.federated.history import RoundRecord
+from tacit.federated.history import ClientAccuracies, RoundRecord
 from tacit.federated.initial import Initial, initialise
+from tacit.federated.local.work import Loss
+from tacit.federated.privacy import PrivateTraining
 from tacit.federated.selection import Selection
 from tacit.runtimes.executors import Executor, Job, Outcome
 
 FAILURES = 3
 """After so many rounds in a row without a usable update, training stops."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The simulated devices that the clients run on, and how the server copes with them.
+
+    Args:
+        fleet: a device for each client.
+        policy: whom the server invites and waits for.
+    """
+
+    fleet: Fleet
+    policy: RoundPolicy = field(default_factory=RoundPolicy)
 
 
 @dataclass(frozen=True)
@@ -29,11 +51,13 @@ class Snapshot:
         state: of the server.
         memories: of the clients that have any, by client.
         failures: rounds without a usable update, in a row, up to here.
+        clock: the virtual clock, in seconds; 0 without simulated devices.
     """
 
     state: ServerState
     memories: Mapping[int, Memory]
     failures: int = 0
+    clock: float = 0.0
 
 
 class Federation:
@@ -48,8 +72,12 @@ class Federation:
         sizes: how many examples each client has, int64 of shape ``(N,)``.
         algorithm: how clients train and how the server combines.
         selection: which clients are invited to a round.
+        devices: simulated devices; ``None``: every client is always there, and takes no time.
+        private: the training under differential privacy, whose algorithm takes the place of ``algorithm`` and whose
+            solver, if it has one, the executor uses.
         seed: of the initial weights, the selection and the clients' shuffling.
         initial: see `tacit.federated.initial.initialise`.
+        loss: mean loss of a batch, for evaluating.
 
     Raises:
         InputError: a setting is out of range.
@@ -63,17 +91,25 @@ class Federation:
         *,
         algorithm: Algorithm,
         selection: Selection,
+        devices: Devices | None = None,
+        private: PrivateTraining | None = None,
         seed: int = 0,
         initial: Initial = "he",
+        loss: Loss = functional.cross_entropy,
     ) -> None:
+        if devices is not None and devices.fleet.clients != len(sizes):
+            raise InputError(f"a fleet of {devices.fleet.clients} devices for {len(sizes)} clients: one a client")
         self._model = copy.deepcopy(model)
         initialise(self._model, initial, generator_for(seed, "initial"))
         self._executor = executor
         self._sizes = sizes
-        self._algorithm = algorithm
-        self._selection = selection
+        self._algorithm = private.algorithm if private else algorithm
+        self._private = private
+        self._selection = selection if devices is None else devices.policy.invitation(selection, len(sizes))
+        self._devices = devices
         self._seed = seed
-        self._snapshot = Snapshot(algorithm.init(self._model, len(sizes)), {})
+        self._loss = loss
+        self._snapshot = Snapshot(self._algorithm.init(self._model, len(sizes)), {})
 
     @property
     def snapshot(self) -> Snapshot:
@@ -95,6 +131,15 @@ class Federation:
         self._snapshot.state.load_into(model)
         return model
 
+    def evaluate(self, examples: Examples) -> tuple[float, float]:
+        """Mean loss and accuracy of the global model."""
+        return evaluate(self.model(), examples, loss=self._loss)
+
+    def evaluate_clients(self, tests: Sequence[Examples]) -> ClientAccuracies:
+        """The accuracy at every client, each with the model that it would use, on its own held-out examples."""
+        snapshot = self._snapshot
+        return evaluate_clients(self._model, self._algorithm, snapshot.state, snapshot.memories, tests)
+
     def advance(self) -> RoundRecord:
         """Run one communication round; the record is not yet evaluated.
 
@@ -103,44 +148,85 @@ class Federation:
 
         Raises:
             TrainingError: this is the third round in a row that failed.
+            BudgetExceeded: the round would take someone over the privacy budget; it was not begun.
         """
         started = time.perf_counter()
-        state, number = self._snapshot.state, self.round + 1
-        invited = self._selection.select(
-            number, self._sizes, self._sizes > 0, generator_for(self._seed, "round", number, "cohort")
-        )
-        jobs = [Job(client, self._snapshot.memories.get(client, {})) for client in invited]
-        taken = _Cohort(self._executor.run(self._algorithm, state, jobs, self._seed))
-        mean = self._algorithm.combine(taken) if taken else None
+        snapshot, state, number = self._snapshot, self._snapshot.state, self.round + 1
+        plan, note = self._plan(number)
+        if self._private is not None:
+            plan = _without(plan, self._private.spend(number, plan.finished))
+        jobs = [Job(client, snapshot.memories.get(client, {})) for client in plan.finished]
+        cohort = _Cohort(self._executor.run(self._algorithm, state, jobs, self._seed))
+        # The noise that hides who took part is due also when nobody did.
+        mean = self._algorithm.combine(cohort) if cohort or isinstance(self._algorithm, CentralPrivacy) else None
+        lost = dict(sorted({**plan.lost, **cohort.lost}.items()))
         if mean is None:
-            self._fail(number, taken.lost)
+            note = note or ("no client was drawn" if not (plan.finished or plan.lost) else "no update could be used")
+            self._fail(number, plan, lost, note)
         else:
-            memories = {**self._snapshot.memories, **taken.memories}
-            self._snapshot = Snapshot(self._algorithm.server_update(state, mean), memories)
+            memories = {**snapshot.memories, **cohort.memories}
+            self._snapshot = Snapshot(self._algorithm.server_update(state, mean), memories, clock=plan.end)
         return RoundRecord(
             round=number,
-            cohort=tuple(taken.clients),
+            cohort=tuple(cohort.clients),
             examples=mean.examples if mean else 0,
             loss=None,
             accuracy=None,
             bytes_up=mean.nbytes if mean else 0,
-            bytes_down=len(invited) * state.nbytes,
+            bytes_down=(len(plan.finished) + len(plan.lost)) * state.nbytes,
             seconds=time.perf_counter() - started,
-            train_loss=mean.loss if mean else None,
-            lost=taken.lost,
+            train_loss=mean.loss if mean and cohort else None,
+            lost=lost,
+            simulated_seconds=plan.end if self._devices else None,
+            epsilon=self._private.spent().epsilon if self._private else None,
+            note=note,
         )
 
-    def _fail(self, number: int, lost: Mapping[int, str]) -> None:
-        failures = self._snapshot.failures + 1
+    def _plan(self, number: int) -> tuple[Schedule, str]:
+        """Who is invited, who of them finishes, and when the round is over; and why it could not begin, if so."""
+        generator = generator_for(self._seed, "round", number, "cohort")
+        if self._devices is None:
+            invited = self._selection.select(number, self._sizes, self._sizes > 0, generator)
+            return Schedule(invited, {}, 0.0, 0.0), ""
+        fleet, policy = self._devices.fleet, self._devices.policy
+        opening = open_round(fleet, policy, self._sizes, self._snapshot.clock)
+        if opening.reason:
+            return Schedule((), {}, self._snapshot.clock, opening.time), opening.reason
+        invited = self._selection.select(number, self._sizes, opening.eligible, generator)
+        state = self._snapshot.state
+        effort = self._algorithm.effort(state, self._sizes[torch.tensor(invited, dtype=torch.int64)])
+        plan = schedule(
+            fleet,
+            policy,
+            invited,
+            opening.time,
+            examples=effort.examples,
+            bytes_down=state.nbytes,
+            bytes_up=effort.bytes_up,
+            round=number,
+        )
+        return plan, ""
+
+    def _fail(self, number: int, plan: Schedule, lost: Mapping[int, str], note: str) -> None:
+        """Count the round and leave the model; a Poisson draw of nobody is no failure, only bad luck."""
+        someone = self._devices is not None or plan.finished or plan.lost
+        failures = self._snapshot.failures + bool(someone)
         if failures == FAILURES:
             reasons = "; ".join(f"client {client} {reason}" for client, reason in list(lost.items())[:3])
             raise TrainingError(
                 f"{FAILURES} rounds in a row, up to round {number}, had no update that could be used under "
-                f"{self._algorithm}: {reasons or 'no client was selected'}. The model is as it was before them. "
-                "If clients diverge, lower lr or look for inputs that are not finite or far outside [0, 1]"
+                f"{self._algorithm}: {reasons or note}. The model is as it was before them. "
+                "If clients diverge, lower lr or look for inputs that are not finite or far outside [0, 1]; if they "
+                "are not there, relax what is asked of devices"
             )
-        snapshot = self._snapshot
-        self._snapshot = replace(snapshot, state=replace(snapshot.state, round=number), failures=failures)
+        state = replace(self._snapshot.state, round=number)
+        self._snapshot = replace(self._snapshot, state=state, failures=failures, clock=plan.end)
+
+
+def _without(plan: Schedule, refused: Mapping[int, str]) -> Schedule:
+    """The plan without the clients that must not take part."""
+    finished = tuple(client for client in plan.finished if client not in refused)
+    return replace(plan, finished=finished, lost={**plan.lost, **refused})
 
 
 class _Cohort:
@@ -155,12 +241,13 @@ class _Cohort:
 
     def __bool__(self) -> bool:
         """Whether there is an update at all."""
-        return self._first is not None
+        return bool(self.clients)
 
     def __iter__(self) -> Iterator[Update]:
         if self._first is not None:
-            yield self._first
-            self._first = None
+            first, self._first = self._first, None
+            yield first
+            del first
             yield from self._updates
 
     def _usable(self, outcomes: Iterator[Outcome]) -> Iterator[Update]:

@@ -4,41 +4,61 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from tacit.data.examples import Examples
+from tacit.data.views import ClientViews
+from tacit.dp.ledger import Ledger
 from tacit.errors import InputError
 from tacit.federated.algorithm import Algorithm
-from tacit.federated.evaluation import evaluate
+from tacit.federated.evaluation import EarlyStop
 from tacit.federated.history import RoundRecord
 from tacit.federated.initial import Initial
 from tacit.federated.local.plain import PlainSolver
-from tacit.federated.local.work import Loss
+from tacit.federated.local.traced import solver_for
+from tacit.federated.local.work import LocalSolver, Loss
+from tacit.federated.privacy import Plan, Privacy, PrivacySpent, PrivateTraining
 from tacit.federated.selection import Selection, Uniform
-from tacit.runtimes.executors import InProcess
-from tacit.runtimes.federation import Federation
+from tacit.runtimes.executors import Executor
+from tacit.runtimes.federation import Devices, Federation
+from tacit.runtimes.forked import forked
+
+Solver = Literal["auto", "plain"]
 
 
 @dataclass(frozen=True)
 class FederatedRun:
-    """The trained global model, and what each round did."""
+    """What came of a federated training.
+
+    Args:
+        model: the trained global model.
+        history: what each round did.
+        privacy_spent: (ε, δ) of the whole run, and of what is in the ledger before it; ``None`` without
+            differential privacy.
+        notes: what was done in another way than asked, and why: a model that does not trace trains in the plain loop.
+    """
 
     model: nn.Module
     history: tuple[RoundRecord, ...]
+    privacy_spent: PrivacySpent | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """When the global model is tried on held-out examples, and when its accuracy ends the training.
+    """When the model is tried on examples that it was not trained on.
 
     Args:
-        test: the held-out examples; ``None`` is never to evaluate.
+        test: held-out examples for the global model; ``None`` is never to evaluate it.
         every: evaluate after every so many rounds, and after the last.
-        target_accuracy: stop after the first evaluation that reaches this fraction of correct answers.
+        clients: held-out examples of each client, for the accuracy at the clients; ``None`` is never to take it.
+        clients_every: take it after every so many rounds, and after the last.
 
     Raises:
         InputError: a setting is out of range.
@@ -46,18 +66,15 @@ class Evaluation:
 
     test: Examples | None = None
     every: int = 1
-    target_accuracy: float | None = None
+    clients: Sequence[Examples] | None = None
+    clients_every: int = 1
 
     def __post_init__(self) -> None:
         if self.test is not None and len(self.test) == 0:
             raise InputError("test has no examples to evaluate on: give at least one, or None not to evaluate")
-        if self.every < 1:
-            raise InputError(f"evaluate_every={self.every}: give 1 (after every round) or more")
-        target = self.target_accuracy
-        if target is not None and not 0 < target <= 1:
-            raise InputError(f"target_accuracy={target}: give a fraction above 0 and at most 1, such as 0.97")
-        if target is not None and self.test is None:
-            raise InputError(f"target_accuracy={target} needs test examples to measure it on: give test=")
+        for name, value in (("evaluate_every", self.every), ("evaluate_clients_every", self.clients_every)):
+            if value < 1:
+                raise InputError(f"{name}={value}: give 1 (after every round) or more")
 
 
 def federate(
@@ -74,13 +91,21 @@ def federate(
     test: Examples | None = None,
     evaluate_every: int = 1,
     target_accuracy: float | None = None,
+    patience: int | None = None,
+    devices: Devices | None = None,
+    privacy: Privacy | None = None,
+    ledger: Ledger | None = None,
+    client_tests: Sequence[Examples] | None = None,
+    processes: int = 1,
+    solver: Solver = "auto",
     on_round: Callable[[RoundRecord], None] | None = None,
 ) -> FederatedRun:
     """Train ``model`` over ``clients``; the caller's model and examples stay as they are.
 
     Equal arguments give bit-equal models on the same machine with the same number of torch threads: every
-    random choice depends on ``seed``, the round and the client alone. Clients train on one thread, which is
-    the fastest for networks and batches of this size; evaluation uses the caller's threads.
+    random choice depends on ``seed``, the round and the client alone, so the number of processes changes nothing.
+    Clients train on one thread, which is the fastest for networks and batches of this size; evaluation uses the
+    caller's threads.
 
     Args:
         model: a classifier; its initial weights are drawn according to ``initial``.
@@ -96,51 +121,122 @@ def federate(
         test: held-out examples for the history's loss and accuracy.
         evaluate_every: evaluate on ``test`` after every so many rounds, and after the last.
         target_accuracy: stop after the first evaluation that reaches this fraction of correct answers.
+        patience: stop after so many evaluations in a row without a new best accuracy.
+        devices: simulated devices that the clients run on; the history then tells the virtual clock.
+        privacy: differential privacy: `CentralDP` of whole clients, or `RecordDP` of single examples.
+        ledger: where what is spent is written down; ``None``: a new one that ends with the run.
+        client_tests: held-out examples of each client, for the history's accuracy at the clients.
+        processes: how many processes train clients, best one a core; they are forked from this one.
+        solver: ``"auto"`` replays a traced training step where the model allows it, two to three times as fast for
+            small networks; ``"plain"`` is the loop over autograd.
         on_round: called with the record of each round as it ends.
 
     Raises:
         InputError: a setting is out of range, or no client has examples.
         TrainingError: round after round, no client had an update that could be used, as when training diverges.
+        BudgetExceeded: the next round would exceed the privacy budget.
     """
     if rounds < 1:
         raise InputError(f"rounds={rounds}: train for at least 1 round")
     if (cohort is None) == (selection is None):
         raise InputError("give either cohort=, how many clients to draw uniformly in each round, or selection=")
-    evaluation = Evaluation(test, evaluate_every, target_accuracy)
+    if target_accuracy is not None and test is None:
+        raise InputError(f"target_accuracy={target_accuracy} needs test examples to measure it on: give test=")
+    stop = EarlyStop(target_accuracy, patience)
+    evaluation = Evaluation(test, evaluate_every, client_tests, evaluate_every)
     sizes = example_counts(clients)
-    executor = InProcess(PlainSolver(model, loss), clients)
-    try:
+    chosen = selection or Uniform(cohort or 0)
+    private = None
+    if privacy is not None:
+        plan = privacy_plan(model, loss, sizes, rounds, chosen, devices)
+        private = privacy.start(algorithm, plan, ledger or Ledger())
+    executor, notes = executor_for(model, loss, clients, processes, solver, private)
+    with closing(executor):
         federation = Federation(
             model,
             executor,
             sizes,
             algorithm=algorithm,
-            selection=selection or Uniform(cohort or 0),
+            selection=chosen,
+            devices=devices,
+            private=private,
             seed=seed,
             initial=initial,
+            loss=loss,
         )
-        history = []
-        for record in advance(federation, rounds, evaluation):
-            history.append(record)
+        history: list[RoundRecord] = []
+        for record in train(federation, rounds, evaluation, stop, history):
             if on_round is not None:
                 on_round(record)
-    finally:
-        executor.close()
-    return FederatedRun(federation.model().train(model.training), tuple(history))
+    spent = private.spent() if private else None
+    return FederatedRun(federation.model().train(model.training), tuple(history), spent, notes)
 
 
-def advance(federation: Federation, rounds: int, evaluation: Evaluation) -> Iterator[RoundRecord]:
-    """Train up to round ``rounds``, evaluating; ends earlier if the target accuracy is reached."""
-    while federation.round < rounds:
+def executor_for(
+    model: nn.Module,
+    loss: Loss,
+    clients: Sequence[Examples],
+    processes: int,
+    solver: Solver,
+    private: PrivateTraining | None,
+) -> tuple[Executor, tuple[str, ...]]:
+    """What trains the clients, as `federate` says; and where it is not what was asked for, why."""
+    if processes < 1:
+        raise InputError(f"processes={processes}: train with 1 or more")
+    if solver not in get_args(Solver):
+        raise InputError(f"solver={solver!r}: choose one of {', '.join(get_args(Solver))}")
+    notes = []
+    chosen: LocalSolver
+    if private is not None and private.solver is not None:
+        chosen = private.solver
+    elif solver == "plain":
+        chosen = PlainSolver(model, loss)
+    else:
+        example = next(own for own in clients if len(own))
+        chosen, reason = solver_for(model, loss, example.subset(torch.arange(min(10, len(example)))))
+        if reason:
+            notes.append(f"clients train in the plain loop: {reason}")
+    executor, reason = forked(chosen, clients, processes)
+    if reason and processes > 1:
+        notes.append(f"clients train in one process: {reason}")
+    return executor, tuple(notes)
+
+
+def privacy_plan(
+    model: nn.Module,
+    loss: Loss,
+    sizes: torch.Tensor,
+    rounds: int,
+    selection: Selection,
+    devices: Devices | None,
+    name: str = "run",
+) -> Plan:
+    """What privacy depends on of a training; sampling amplifies only where each client is drawn independently."""
+    rate = selection.sampling_rate if devices is None else None
+    expected = selection.expected(sizes)
+    if devices is not None and devices.policy.close_at is not None:
+        expected = min(expected, devices.policy.close_at)
+    return Plan(model, loss, sizes, rounds, expected, rate, name)
+
+
+def train(
+    federation: Federation, rounds: int, evaluation: Evaluation, stop: EarlyStop, history: list[RoundRecord]
+) -> Iterator[RoundRecord]:
+    """Train up to round ``rounds``, evaluating, and append each record to ``history`` before it is yielded.
+
+    Ends earlier if ``stop`` says so of the history.
+    """
+    while federation.round < rounds and not stop.reason(history):
         started = time.perf_counter()
         record = federation.advance()
-        if evaluation.test is not None and (record.round % evaluation.every == 0 or record.round == rounds):
-            loss, accuracy = evaluate(federation.model(), evaluation.test)
-            record = replace(record, loss=loss, accuracy=accuracy, seconds=time.perf_counter() - started)
-        yield record
-        target = evaluation.target_accuracy
-        if target is not None and record.accuracy is not None and record.accuracy >= target:
-            return
+        last = record.round == rounds
+        if evaluation.test is not None and (record.round % evaluation.every == 0 or last):
+            loss, accuracy = federation.evaluate(evaluation.test)
+            record = replace(record, loss=loss, accuracy=accuracy)
+        if evaluation.clients is not None and (record.round % evaluation.clients_every == 0 or last):
+            record = replace(record, clients=federation.evaluate_clients(evaluation.clients))
+        history.append(replace(record, seconds=time.perf_counter() - started))
+        yield history[-1]
 
 
 def example_counts(clients: Sequence[Examples]) -> torch.Tensor:
@@ -151,7 +247,7 @@ def example_counts(clients: Sequence[Examples]) -> torch.Tensor:
     """
     if not clients:
         raise InputError("clients: the list is empty; give the examples of at least one client")
-    sizes = torch.tensor([len(examples) for examples in clients])
+    sizes = clients.sizes() if isinstance(clients, ClientViews) else torch.tensor([len(own) for own in clients])
     if not sizes.any():
         raise InputError(f"clients: none of the {len(clients)} clients has examples; give at least one some")
     return sizes
