@@ -6,7 +6,8 @@
     ├── InputError             the caller's mistake; also a ValueError
     │   ├── DataError          a data file is missing, truncated, corrupt or not the expected one
     │   ├── RangeError         a number does not fit the fixed-point range, or is not finite
-    │   └── UnsupportedOperator   a model uses an operator that has no encrypted form
+    │   ├── UnsupportedOperator   a model uses an operator that has no encrypted form
+    │   └── TooFewUpdates      a round of federated training has too few updates to be combined as was asked
     ├── CorrelationError       correlated randomness would be used twice, or out of order
     ├── BudgetExceeded         a release would cost more privacy than is allowed
     ├── TrainingError          round after round no client had anything usable to send
@@ -36,6 +37,10 @@ class RangeError(InputError):
 
 class UnsupportedOperator(InputError):
     """A model uses an operator that has no encrypted form; nothing has been dealt or sent."""
+
+
+class TooFewUpdates(InputError):
+    """Too few clients had an update for the way in which they are to be combined."""
 
 
 class CorrelationError(TacitError):

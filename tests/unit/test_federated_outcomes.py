@@ -14,6 +14,7 @@ from tacit.federated.devices_schedule import RoundPolicy
 from tacit.federated.eligibility import Eligibility
 from tacit.federated.fedavg import FedAvg
 from tacit.federated.privacy import CentralDP, RecordDP
+from tacit.federated.robust import Krum
 from tacit.federated.selection import Poisson
 from tacit.runtimes.federation import Devices
 from tacit.runtimes.simulation import FederatedRun
@@ -120,3 +121,23 @@ def test_a_client_that_diverges_under_privacy_is_left_out() -> None:
     result = run(clients=poisoned, privacy=CentralDP(clip=1.0, delta=1e-3, noise_multiplier=0.5))
     assert all(4 in record.lost for record in result.history)
     assert torch.isfinite(result.model.weight).all()
+
+
+def test_too_few_updates_for_a_robust_mean_fail_the_round_and_not_the_run() -> None:
+    poisoned = [*CLIENTS[:4], Examples(torch.full((10, 6), math.nan), CLIENTS[4].targets)]
+    seen: list[str] = []
+    with pytest.raises(TrainingError, match="Krum with byzantine=1, keep=1 needs 5 updates, but 4 came"):
+        run(
+            clients=poisoned,
+            algorithm=FedAvg(batch_size=4, mean=Krum(byzantine=1)),
+            on_round=lambda record: seen.append(record.note),
+        )
+    assert len(seen) == 2
+    assert len(run(algorithm=FedAvg(batch_size=4, mean=Krum(byzantine=1))).history[-1].cohort) == 5
+
+
+def test_a_client_whose_last_batch_is_too_small_for_batch_norm_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    result = run(model=model, clients=[examples(8), examples(9), examples(12)], cohort=3)
+    assert all(record.cohort == (0, 2) for record in result.history)
+    assert all("could not train: Expected more than 1 value" in record.lost[1] for record in result.history)

@@ -94,6 +94,8 @@ VARIANTS = {
     "adam": '[server]\noptimizer = "adam"\nlr = 0.01\n',
     "devices": "[devices]\nover_selection = 1.5\n",
     "asynchronous": '[devices]\n[algorithm]\nname = "fedbuff"\nbuffer = 2\nconcurrency = 3\n',
+    "asynchronous and quantised": '[devices]\n[compression]\nscheme = "quantise"\n[algorithm]\nname = "fedbuff"\n'
+    "buffer = 2\nconcurrency = 3\n",
     "private": "[privacy]\nnoise_multiplier = 1.0\nclip = 0.5\nnoise_seed = 7\n",
 }
 

@@ -99,4 +99,5 @@ def _bar(console: Console) -> Iterator[OnRound]:
     try:
         yield on_round
     finally:
-        progress.stop()
+        if progress.live.is_started:
+            progress.stop()

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from tacit.errors import InputError
+from tacit.errors import InputError, TooFewUpdates
 from tacit.federated.algorithm import Update
 
 
@@ -20,12 +20,13 @@ def weighted_mean(updates: Iterable[Update]) -> Update:
     maximum; the loss is the mean by examples; examples, bytes, weights and extras add up.
 
     Raises:
-        InputError: there is no update, or the weights add up to 0.
+        TooFewUpdates: there is no update.
+        InputError: the weights add up to 0.
     """
     remaining = iter(updates)
     first = next(remaining, None)
     if first is None:
-        raise InputError("there is no update to combine: a round needs at least one client")
+        raise TooFewUpdates("there is no update to combine: a round needs at least one client")
     own = replace(first, delta=first.delta.clone())
     del first
     combined = reduce(_fold, remaining, own)

@@ -77,8 +77,6 @@ def algorithm(settings: config.Config, network: nn.Module) -> Algorithm:
             made = PersonalLayers(averaging, layers)
         case config.FedBn():
             made = PersonalLayers(averaging, batch_norm_layers(network))
-        case config.FedBuff(buffer=buffer):
-            made = FedBuff(averaging, buffer)
     match settings.compression:
         case config.Float16():
             made = Compressed(made, Float16())
@@ -86,6 +84,8 @@ def algorithm(settings: config.Config, network: nn.Module) -> Algorithm:
             made = Compressed(made, StochasticQuantisation(bits))
         case config.TopK(fraction=fraction):
             made = Compressed(made, TopK(fraction))
+    if isinstance(settings.algorithm, config.FedBuff):
+        made = FedBuff(made, settings.algorithm.buffer)
     return made
 
 

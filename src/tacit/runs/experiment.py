@@ -101,8 +101,8 @@ class Experiment:
         chosen = self.config.algorithm
         if devices is None or self.config.privacy is not None or not isinstance(chosen, config.FedBuff):
             raise InputError(
-                "algorithm.name='fedbuff' needs simulated devices, and has no form under differential privacy or "
-                "compression: add [devices], leave out [privacy] and [compression]"
+                "algorithm.name='fedbuff' needs simulated devices, and has no form under differential privacy: "
+                "add [devices], leave out [privacy]"
             )
         return AsynchronousFederation(
             self.model,

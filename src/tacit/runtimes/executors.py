@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from tacit.data.examples import Examples
+from tacit.errors import TacitError
 from tacit.federated.algorithm import Algorithm, Memory, ServerState, Update
 from tacit.federated.generators import generator_for
 from tacit.federated.local.work import LocalSolver
@@ -73,9 +74,14 @@ class InProcess:
 def train_client(
     algorithm: Algorithm, state: ServerState, job: Job, solver: LocalSolver, examples: Examples, seed: int
 ) -> Outcome:
-    """Do one job; a client whose training diverged keeps the memory that it had."""
+    """Do one job; a client that cannot train, or whose training diverged, keeps the memory that it had."""
     generator = generator_for(seed, "round", state.round + 1, "client", job.client)
-    update, memory = algorithm.client_update(state, job.memory, solver, examples, generator)
+    try:
+        update, memory = algorithm.client_update(state, job.memory, solver, examples, generator)
+    except TacitError:
+        raise
+    except ValueError as error:  # such as batch normalisation's, of a last batch of one example
+        return Outcome(job.client, None, job.memory, f"could not train: {error}")
     if not update.is_finite():
         return Outcome(job.client, None, job.memory, "diverged: its update is not finite")
     return Outcome(job.client, update, memory)

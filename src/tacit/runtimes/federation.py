@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacit.data.examples import Examples
-from tacit.errors import InputError, TrainingError
+from tacit.errors import InputError, TooFewUpdates, TrainingError
 from tacit.federated.algorithm import Algorithm, Memory, ServerState, Update
 from tacit.federated.central_privacy import CentralPrivacy
 from tacit.federated.devices import Fleet
@@ -153,13 +153,21 @@ class Federation:
         started = time.perf_counter()
         snapshot, state, number = self._snapshot, self._snapshot.state, self.round + 1
         plan, note = self._plan(number)
+        downloads = len(plan.finished) + len(plan.lost)
         if self._private is not None:
-            plan = _without(plan, self._private.spend(number, plan.finished))
+            refused = self._private.spend(number, plan.finished)
+            plan, downloads = _without(plan, refused), downloads - len(refused)
         jobs = [Job(client, snapshot.memories.get(client, {})) for client in plan.finished]
         cohort = _Cohort(self._executor.run(self._algorithm, state, jobs, self._seed))
+        mean = None
         # The noise that hides who took part is due also when nobody did.
-        mean = self._algorithm.combine(cohort) if cohort or isinstance(self._algorithm, CentralPrivacy) else None
-        lost = dict(sorted({**plan.lost, **cohort.lost}.items()))
+        if cohort or isinstance(self._algorithm, CentralPrivacy):
+            try:
+                mean = self._algorithm.combine(cohort)
+            except TooFewUpdates as error:
+                note = str(error)
+        unused = {} if mean else dict.fromkeys(cohort.clients, "not used: the round failed")
+        lost = dict(sorted({**plan.lost, **cohort.lost, **unused}.items()))
         if mean is None:
             note = note or ("no client was drawn" if not (plan.finished or plan.lost) else "no update could be used")
             self._fail(number, plan, lost, note)
@@ -168,14 +176,14 @@ class Federation:
             self._snapshot = Snapshot(self._algorithm.server_update(state, mean), memories, clock=plan.end)
         return RoundRecord(
             round=number,
-            cohort=tuple(cohort.clients),
+            cohort=tuple(cohort.clients) if mean else (),
             examples=mean.examples if mean else 0,
             loss=None,
             accuracy=None,
             bytes_up=mean.nbytes if mean else 0,
-            bytes_down=(len(plan.finished) + len(plan.lost)) * state.nbytes,
+            bytes_down=downloads * state.nbytes,
             seconds=time.perf_counter() - started,
-            train_loss=mean.loss if mean and cohort else None,
+            train_loss=mean.loss if mean and cohort.clients else None,
             lost=lost,
             simulated_seconds=plan.end if self._devices else None,
             epsilon=self._private.spent().epsilon if self._private else None,
@@ -215,7 +223,7 @@ class Federation:
             reasons = "; ".join(f"client {client} {reason}" for client, reason in list(lost.items())[:3])
             raise TrainingError(
                 f"{FAILURES} rounds in a row, up to round {number}, had no update that could be used under "
-                f"{self._algorithm}: {reasons or note}. The model is as it was before them. "
+                f"{self._algorithm}: {note}{reasons and f' ({reasons})'}. The model is as it was before them. "
                 "If clients diverge, lower lr or look for inputs that are not finite or far outside [0, 1]; if they "
                 "are not there, relax what is asked of devices"
             )
