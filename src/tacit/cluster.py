@@ -17,7 +17,7 @@ from tacit.mpc.linear import Weight
 from tacit.mpc.lockstep import Dealt, Meter, Tap, Trio
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.program.audit import Audit, audit
-from tacit.program.calibrate import Calibration, calibrate
+from tacit.program.calibrate import Calibration, calibrate, fingerprint
 from tacit.program.lowering import Context
 from tacit.program.optimizers import Optimizer, Sgd
 from tacit.program.rewrite import Model, simplify
@@ -56,12 +56,16 @@ class Cluster:
         """The crypto provider, who deals randomness and sees no share of anything."""
         return self._trio.provider
 
-    def encrypt(self, model: nn.Module, example: Tensor, *, context: Context | None = None) -> PrivateModel:
+    def encrypt(
+        self, model: nn.Module, example: Tensor | Sequence[Tensor], *, context: Context | None = None
+    ) -> PrivateModel:
         """Share a model's weights between alice and bob.
 
         Args:
-            model: any module whose operators have an encrypted form, in evaluation mode; it is not changed.
-            example: an input batch; its shape after the first dimension is the shape of every later input.
+            model: any module whose operators have an encrypted form, in evaluation mode; it is not changed, and what
+                changes in it later does not change what has been shared.
+            example: an input batch, or one for each of the model's inputs; its shape after the first dimension is the
+                shape of every later input, and whole numbers say that these will be whole too.
             context: the engine's settings.
 
         Raises:
@@ -69,7 +73,8 @@ class Cluster:
             InputError: the model cannot be traced.
             RangeError: a weight is not finite, or of magnitude 16,384 or more.
         """
-        return PrivateModel(self._trio, self._owner, model, example, context or Context())
+        examples = (example,) if isinstance(example, Tensor) else tuple(example)
+        return PrivateModel(self._trio, self._owner, model, examples, context or Context())
 
     def trainer(
         self,
@@ -78,7 +83,7 @@ class Cluster:
         *,
         optimizer: Optimizer | None = None,
         context: Context | None = None,
-        **settings: float,
+        **settings: Any,
     ) -> Trainer:
         """Share a model's weights between alice and bob, to train them in secret.
 
@@ -88,7 +93,7 @@ class Cluster:
             loss: of the model's output and the labels, as a number.
             optimizer: `tacit.program.optimizers.Sgd` or `Adam`; SGD if not given.
             context: the engine's settings.
-            settings: of SGD, where no optimizer is given: ``lr``, ``momentum``, ``weight_decay``.
+            settings: of SGD, where no optimizer is given: ``lr``, ``momentum``, ``weight_decay``, ``nesterov``.
 
         Raises:
             InputError: the model has nothing to train, a setting is out of range, or the context asks for exact mode or
@@ -97,8 +102,6 @@ class Cluster:
         """
         if optimizer is not None and settings:
             raise InputError(f"{', '.join(settings)}: settings belong to the optimizer that is given")
-        if context is not None and (context.exact or context.windows):
-            raise InputError("training has no exact mode and no calibrated windows: leave them out of its context")
         return Trainer(self._trio, self._owner, model, loss, optimizer or Sgd(**settings), context or Context())
 
     def __enter__(self) -> Cluster:
@@ -114,11 +117,12 @@ def cluster(prg: Prg | None = None, tap: Tap | None = None) -> Cluster:
 
 
 Loaded = tuple[dict[str, Share | Weight], dict[str, Share | Weight]]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class _Program:
-    """The model for one input shape: its graph, its state at alice and at bob, and what a run costs."""
+    """The model for one shape of each input: its graph, its state at alice and at bob, and what a run costs."""
 
     simple: Model
     loaded: Loaded
@@ -126,69 +130,79 @@ class _Program:
     first_number: int
 
 
-class PrivateModel:
-    """A model of which alice and bob hold a share each; calling it runs it on a shared input.
+@dataclass(frozen=True)
+class _Input:
+    """What one of the model's inputs has to be: the shape of an item, and the dtype to trace for."""
 
-    Made by `Cluster.encrypt`. The caller is the client: it shares the input, and alone puts the shares of the result
+    item_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class PrivateModel:
+    """A model of which alice and bob hold a share each; calling it runs it on shared inputs.
+
+    Made by `Cluster.encrypt`. The caller is the client: it shares the inputs, and alone puts the shares of the result
     together.
     """
 
-    def __init__(self, trio: Trio, owner: Prg, model: nn.Module, example: Tensor, context: Context) -> None:
+    def __init__(
+        self, trio: Trio, owner: Prg, model: nn.Module, examples: tuple[Tensor, ...], context: Context
+    ) -> None:
         self._trio, self._prg, self._context = trio, owner, context
         self._plaintext = copy.deepcopy(model).eval()
         self._name = type(model).__name__
-        self._item_shape = tuple(example.shape[1:])
-        # Embeddings take whole numbers, and torch tells them by their dtype.
-        self._dtype = torch.int64 if example.dtype in (torch.int32, torch.int64) else torch.float32
-        self._programs: dict[tuple[int, ...], _Program] = {}
-        self._dealt: dict[tuple[int, ...], deque[Dealt]] = {}
+        self._inputs = tuple(_input(example) for example in examples)
+        self._programs: dict[Shapes, _Program] = {}
+        self._dealt: dict[Shapes, deque[Dealt]] = {}
         self._last: Cost | None = None
         for name, value in self._plaintext.state_dict().items():
             encode(value, what=f"{name} of {self._name}")
-        self._program(tuple(_checked(example, self._item_shape).shape))
+        self._program(tuple(tuple(example.shape) for example in self._checked(examples)))
 
     def __call__(
         self,
-        inputs: Tensor,
-        *,
+        *inputs: Tensor,
         clock: Callable[[], float] | None = None,
         seen: Callable[[Share, Share], None] | None = None,
     ) -> Any:
         """Predict in secret.
 
         Args:
-            inputs: a real batch of any size whose items have the shape of the example's.
+            inputs: a real batch of any size for each of the model's inputs, items shaped as the example's.
             clock: gives seconds, for the computing time of each layer in `counted`.
-            seen: called with alice's and bob's share of the input, for demonstrations.
+            seen: called with alice's and bob's share of every input, for demonstrations.
 
         Returns:
             The model's output as float32, a tuple where it has several, known to the caller alone.
 
         Raises:
-            InputError: wrong shape or dtype.
+            InputError: wrong number of inputs, shape or dtype.
             RangeError: an input is not finite, or of magnitude 16,384 or more.
         """
-        inputs = _checked(inputs, self._item_shape)
-        words, shape = encode(inputs), tuple(inputs.shape)
-        program = self._program(shape)
-        pair = share(words, FRACTION_BITS, self._prg)
-        if seen:
-            seen(*pair)
-        waiting = self._dealt.get(shape)
+        given = self._checked(inputs)
+        words, shapes = [encode(value) for value in given], tuple(tuple(value.shape) for value in given)
+        program = self._program(shapes)
+        pairs = [share(value, FRACTION_BITS, self._prg) for value in words]
+        for pair in pairs if seen else ():
+            seen(*pair)  # type: ignore[misc]
+        waiting = self._dealt.get(shapes)
         meter = Meter(clock)
-        alice, bob = (execute(program.simple.graph, program.loaded[i], [pair[i]], self._context) for i in range(2))
+        alice, bob = (
+            execute(program.simple.graph, program.loaded[i], [pair[i] for pair in pairs], self._context)
+            for i in range(2)
+        )
         results = self._trio.run(alice, bob, meter, waiting.popleft() if waiting else None)
         self._last = cost_of(program.simple.graph, meter)
         outputs = tuple(reconstruct(*shares).to(torch.float32) for shares in zip(*results, strict=True))
         return outputs if len(outputs) > 1 else outputs[0]
 
-    def cost(self, shape: Sequence[int] | None = None) -> Cost:
+    def cost(self, *shapes: Sequence[int]) -> Cost:
         """What a call costs: planned, not run.
 
         Args:
-            shape: of the input batch; the example's if not given.
+            shapes: of the batch for each of the model's inputs; the examples' if none are given.
         """
-        return self._program(tuple(shape) if shape else next(iter(self._programs))).cost
+        return self._program(_shapes(shapes) if shapes else next(iter(self._programs))).cost
 
     def counted(self) -> Cost:
         """What the last call cost, as the driver counted it.
@@ -200,34 +214,47 @@ class PrivateModel:
             raise InputError("nothing has been counted: call the model first")
         return self._last
 
-    def deal(self, shape: Sequence[int]) -> None:
-        """Deal the correlated randomness of one later call on a batch of this shape, ahead of it."""
-        dealt = self._trio.deal(self._program(tuple(shape)).cost.correlations)
-        self._dealt.setdefault(tuple(shape), deque()).append(dealt)
+    def deal(self, *shapes: Sequence[int]) -> None:
+        """Deal the correlated randomness of one later call on batches of these shapes, ahead of it."""
+        dealt = self._trio.deal(self.cost(*shapes).correlations)
+        self._dealt.setdefault(_shapes(shapes) if shapes else next(iter(self._programs)), deque()).append(dealt)
 
-    def audit(self, inputs: Tensor) -> Audit:
+    def audit(self, *inputs: Tensor) -> Audit:
         """Compare every operator on shares with floating point, on sample inputs of the owner's; see `audit`."""
-        inputs = _checked(inputs, self._item_shape)
-        return audit(self._program(tuple(inputs.shape)).simple, [inputs.to(self._dtype)], self._context)
+        given = self._checked(inputs)
+        return audit(self._simple(given), self._typed(given), self._context)
 
-    def calibrate(self, samples: Tensor, margin: float = 4.0) -> Calibration:
-        """Choose comparison windows on sample inputs of the owner's, in the clear; see `calibrate`."""
-        samples = _checked(samples, self._item_shape)
-        simple = self._program(tuple(samples.shape)).simple
-        return calibrate(simple, [samples.to(self._dtype)], replace(self._context, windows={}), margin)
+    def calibrate(self, *samples: Tensor, margin: float = 4.0) -> Calibration:
+        """Choose comparison windows and scales on sample inputs of the owner's, in the clear; see `calibrate`."""
+        given = self._checked(samples)
+        uncalibrated = replace(self._context, windows={}, finer={})
+        weights = fingerprint(self._plaintext)
+        return calibrate(self._simple(given), self._typed(given), uncalibrated, margin, weights)
 
-    def _program(self, shape: tuple[int, ...]) -> _Program:
-        """The model for inputs of this shape, traced, planned and loaded when it is first needed."""
-        if shape not in self._programs:
-            simple = simplify(Model(*trace(self._plaintext, (torch.zeros(shape, dtype=self._dtype),))))
-            shapes = {name: value.shape for name, value in simple.state.items()}
+    def _simple(self, given: Sequence[Tensor]) -> Model:
+        return self._program(tuple(tuple(value.shape) for value in given)).simple
+
+    def _typed(self, given: Sequence[Tensor]) -> list[Tensor]:
+        return [value.to(one.dtype) for value, one in zip(given, self._inputs, strict=True)]
+
+    def _checked(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+        if len(inputs) != len(self._inputs):
+            raise InputError(f"{self._name} was encrypted for {len(self._inputs)} inputs: {len(inputs)} were given")
+        return tuple(_checked(value, one) for value, one in zip(inputs, self._inputs, strict=True))
+
+    def _program(self, shapes: Shapes) -> _Program:
+        """The model for inputs of these shapes, traced, planned and loaded when it is first needed."""
+        if shapes not in self._programs:
+            blanks = tuple(torch.zeros(shape, dtype=one.dtype) for shape, one in zip(shapes, self._inputs, strict=True))
+            simple = simplify(Model(*trace(self._plaintext, blanks)))
+            sizes = {name: value.shape for name, value in simple.state.items()}
             known = next((one for one in self._programs.values() if _same(one.simple.state, simple.state)), None)
             # Weights are numbered from the same place whenever they are the same weights.
             first = known.first_number if known else len(self._trio.alice.weights)
-            cost = plan_execution(simple.graph, shapes, [shape], self._context, first)
+            cost = plan_execution(simple.graph, sizes, shapes, self._context, first)
             loaded = known.loaded if known else self._load(simple, first)
-            self._programs[shape] = _Program(simple, loaded, cost, first)
-        return self._programs[shape]
+            self._programs[shapes] = _Program(simple, loaded, cost, first)
+        return self._programs[shapes]
 
     def _load(self, simple: Model, first: int) -> Loaded:
         pairs = {
@@ -238,7 +265,8 @@ class PrivateModel:
         return self._trio.load(load(simple.graph, alice, first), load(simple.graph, bob, first))
 
     def __repr__(self) -> str:
-        return f"PrivateModel({self._name}, input {self._item_shape}, shared by alice and bob)"
+        shapes = ", ".join(str(one.item_shape) for one in self._inputs)
+        return f"PrivateModel({self._name}, input {shapes}, shared by alice and bob)"
 
 
 def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -246,15 +274,28 @@ def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def _checked(inputs: Any, item_shape: tuple[int, ...]) -> Tensor:
+def _shapes(shapes: Sequence[Sequence[int]]) -> Shapes:
+    return tuple(tuple(shape) for shape in shapes)
+
+
+def _input(example: Any) -> _Input:
+    # Embeddings take whole numbers, and torch tells them by their dtype.
+    whole = isinstance(example, Tensor) and example.dtype in (torch.int32, torch.int64)
+    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else ()
+    return _Input(shape, torch.int64 if whole else torch.float32)
+
+
+def _checked(inputs: Any, wanted: _Input) -> Tensor:
     if not isinstance(inputs, Tensor):
         raise InputError(f"the input is a {type(inputs).__name__}: give a torch.Tensor")
-    if inputs.dim() < 1 or tuple(inputs.shape[1:]) != item_shape:
+    if inputs.dim() < 1 or tuple(inputs.shape[1:]) != wanted.item_shape:
         raise InputError(
-            f"the input has shape {tuple(inputs.shape)}: the model takes (n, {', '.join(map(str, item_shape))})"
+            f"the input has shape {tuple(inputs.shape)}: the model takes (n, {', '.join(map(str, wanted.item_shape))})"
         )
     if not len(inputs):
         raise InputError("the input is an empty batch: give at least one item")
     if inputs.is_complex() or inputs.dtype == torch.bool:
         raise InputError(f"the input has dtype {inputs.dtype}: give real numbers, for example float32")
-    return inputs.detach().to(torch.float32)
+    if inputs.is_floating_point() and not wanted.dtype.is_floating_point:
+        raise InputError(f"the input has dtype {inputs.dtype}: the model was encrypted for whole numbers")
+    return inputs.detach()

@@ -35,6 +35,7 @@ from tacit.mpc.lockstep import Trio
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.mpc.steps import Protocol, Task, dataflow
 from tacit.program.lowering import LOWERINGS
+from tacit.program.lowering.accumulating import lowering_for
 from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.lowering.gradients import BY_BITS, STEP_BY_STEP, WITH_BITS, Fine
 from tacit.program.lowering.operands import MAX_SCALE
@@ -250,25 +251,20 @@ def _dispatched(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if func._schema.is_mutable:
         return _changed(func, args, kwargs)
     name = str(func)
-    lowering, with_bits = _lowering(name, args)
+    fine = lowering_for(name, args, _scale(args), in_place=False, trained=_trained(args))
+    lowering, with_bits = (fine, False) if fine else _lowering(name, args)
     if lowering is None:
         result = _DEFINITIONS.get(func, func.decompose)(*args, **kwargs)
         if result is NotImplemented:
             raise _Refusal(UnsupportedOperator, "has no encrypted form")
         return result
     private = list(_private((args, kwargs)))
-    if any(one._trio is not private[0]._trio for one in private):
-        raise _Refusal(InputError, "the tensors are shared among different parties")
-    trio, digits = private[0]._trio, max((one._digits for one in private), key=lambda d: d.factor)
-    try:
-        alice, bob = (_apply(lowering, _of_party(args, i), _of_party(kwargs, i)) for i in range(2))
-        shares = trio.run(alice, bob)
-    except UnsupportedOperator as error:
-        raise _Refusal(UnsupportedOperator, str(error)) from None
+    shares = _run(lowering, args, kwargs, private, settled=not fine)
     bits: Any = None
     if with_bits:
         shares, bits = zip(*shares, strict=True)
-    truths = name.split(".")[1] in _TRUTHS
+    truths, digits = name.split(".")[1] in _TRUTHS, max((one._digits for one in private), key=lambda d: d.factor)
+    trio = private[0]._trio
     result = _wrap(shares, trio, Precision(0) if truths else digits, torch.bool if truths else torch.float32)
     found = _private(result)
     if bits:
@@ -276,6 +272,17 @@ def _dispatched(func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
     if not func.is_view:
         _own(found, private)
     return result
+
+
+def _run(lowering: Any, args: list[Any], kwargs: dict[str, Any], private: list[PrivateTensor], settled: bool) -> Any:
+    """Both parties' results of a lowering; if ``settled``, at scales that every operator takes."""
+    if any(one._trio is not private[0]._trio for one in private):
+        raise _Refusal(InputError, "the tensors are shared among different parties")
+    try:
+        alice, bob = (_apply(lowering, _of_party(args, i), _of_party(kwargs, i), settled) for i in range(2))
+        return private[0]._trio.run(alice, bob)
+    except UnsupportedOperator as error:
+        raise _Refusal(UnsupportedOperator, str(error)) from None
 
 
 def _own(results: list[PrivateTensor], sources: list[PrivateTensor]) -> None:
@@ -304,6 +311,11 @@ def _lowering(name: str, args: list[Any]) -> tuple[Any, bool]:
     return LOWERINGS.get(name), False
 
 
+def _scale(args: list[Any]) -> int:
+    """The fractional bits of the first argument, if it is private."""
+    return args[0]._shares[0].scale if args and isinstance(args[0], PrivateTensor) else 0
+
+
 def _trained(args: list[Any]) -> bool:
     return any(isinstance(one, Tensor) and one.requires_grad for one in args)
 
@@ -314,9 +326,6 @@ def _alias(one: PrivateTensor) -> PrivateTensor:
     return alias
 
 
-_REFUSED_IN_PLACE = {
-    "addcdiv_": "roots of squared gradients need more than 16 fractional bits: `Cluster.trainer` trains with Adam"
-}
 _AS_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "zero_": lambda target: target * 0,
     "fill_": lambda target, value: target * 0 + value,
@@ -329,11 +338,18 @@ def _changed(func: Any, args: list[Any], kwargs: dict[str, Any]) -> PrivateTenso
     packet, overload = str(func).split(".")[1:]
     target, function = args[0], getattr(getattr(torch.ops.aten, packet[:-1], None), overload, None)
     function = _AS_FUNCTIONS.get(packet, function)
-    if packet in _REFUSED_IN_PLACE or not packet.endswith("_") or function is None:
-        raise _Refusal(UnsupportedOperator, _REFUSED_IN_PLACE.get(packet, "has no encrypted form"))
+    if not packet.endswith("_") or function is None:
+        raise _Refusal(UnsupportedOperator, "has no encrypted form")
     if not isinstance(target, PrivateTensor):
         raise _Refusal(InputError, "a plain tensor cannot take a private value: share it first")
-    result, scale = function(*args, **kwargs), target._shares[0].scale
+    name, scale = f"aten.{packet[:-1]}.{overload}", target._shares[0].scale
+    lowering = lowering_for(name, args, scale, in_place=True, trained=False)
+    result: Any
+    if lowering is not None:
+        shares = _run(lowering, args, kwargs, _private((args, kwargs)), settled=False)
+        result = PrivateTensor(shares, target._trio, target._digits, target.dtype)
+    else:
+        result = function(*args, **kwargs)
     if not isinstance(result, PrivateTensor):
         bits = min(scale, PARAMETER_BITS)
         result = PrivateTensor(share(encode(result, bits), bits, Prg.fresh()), target._trio, target._digits)
@@ -369,9 +385,10 @@ def _of_party(value: Any, party: int) -> Any:
     return value
 
 
-def _apply(lowering: Any, args: list[Any], kwargs: dict[str, Any]) -> Protocol[Any]:
+def _apply(lowering: Any, args: list[Any], kwargs: dict[str, Any], settled: bool) -> Protocol[Any]:
     task = Task("", (), lambda: lowering(_ENGINE, *args, **kwargs))
-    return (yield from _settled((yield from dataflow([task], [""]))[""]))
+    result = (yield from dataflow([task], [""]))[""]
+    return (yield from _settled(result)) if settled else result
 
 
 def _settled(result: Any) -> Protocol[Any]:

@@ -167,12 +167,18 @@ def trace(model: nn.Module, example: tuple[Tensor, ...]) -> tuple[Graph, dict[st
     return Graph(tuple(inputs), tuple(state), nodes, outputs), state
 
 
-def trace_function(function: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> Graph:
+def trace_function(
+    function: Callable[..., Sequence[Tensor]],
+    examples: Sequence[Tensor],
+    definitions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Graph:
     """Trace a function of tensors to the ATen operators that it comes down to.
 
     Args:
         function: takes tensors and returns a sequence of them; ``torch.func.grad`` may be used inside.
         examples: inputs of the shapes and dtypes to trace for; their values do not matter.
+        definitions: of operators that are to be traced as what they are defined by; a few losses and activations
+            unless given.
 
     Returns:
         A graph without state. Tensors that the function creates or closes over are `CONSTANT` nodes: they are public.
@@ -185,7 +191,7 @@ def trace_function(function: Callable[..., Sequence[Tensor]], examples: Sequence
         try:
             traced = make_fx(
                 torch.func.functionalize(function),
-                _DECOMPOSITIONS,
+                dict(definitions or _DECOMPOSITIONS),
                 "fake",
                 _allow_non_fake_inputs=True,
                 record_stack_traces=True,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from engine import Recorder, prg, seeds, shared, trio, words
 from tacit.errors import InputError
-from tacit.mpc import phases
-from tacit.mpc.correlation import Provider
+from tacit.mpc import pairs, phases
+from tacit.mpc.all_pairs import PairwiseMask, largest, winner
+from tacit.mpc.correlation import Correlation, Provider
 from tacit.mpc.lockstep import both
 from tacit.mpc.sign import Mask, Window, combiner, maximum, nonnegative, relu, truncate
 from tacit.ring import kernels
@@ -127,7 +128,7 @@ class TestPhases:
 
 
 class TestDealing:
-    def corrections(self, mask: Mask, seed: int) -> list[Tensor]:
+    def corrections(self, mask: Correlation, seed: int) -> list[Tensor]:
         _, dealt = Provider(prg(seed), prg(seed + 1), prg(seed + 2)).deal(mask)
         names = [name for name, field in mask.fields.items() if field.dealt]
         assert dealt.keys() == set(names)
@@ -144,6 +145,48 @@ class TestDealing:
     def test_of_every_shape(self, shape: tuple[int, ...]) -> None:
         agree(partial(self.corrections, Mask(shape, 16, Window(16), select=True), 3))
         agree(partial(self.corrections, Mask(shape, 0, Window(0), select=True), 4))
+
+    @pytest.mark.parametrize("drop", [0, 16])
+    @pytest.mark.parametrize("shape", [(2, 7), (3, 5, 200), (4, 0)])
+    @pytest.mark.parametrize("rectify", [True, False])
+    def test_of_pairs(self, drop: int, shape: tuple[int, ...], rectify: bool) -> None:
+        for chunks in (1, 5):
+            agree(partial(self.corrections, PairwiseMask(shape, drop, drop, chunks, rectify), 5))
+
+
+class TestPairs:
+    @pytest.mark.parametrize("count", [2, 3, 4])
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("rectify", [True, False])
+    def test_comparing(self, count: int, shape: tuple[int, ...], rectify: bool) -> None:
+        opened, m = words(1, (count, *shape)), words(2, (len(pairs.pairs_of(count, rectify)), *shape))
+        for chunks, lowest, alice in ((1, 0, True), (5, 16, True), (5, 32, False)):
+            levels = words(3, (chunks, *m.shape))
+            agree(partial(pairs.compare_pairs, opened, levels, m, rectify, lowest, chunks, alice))
+
+    @pytest.mark.parametrize(("count", "rectify"), [(2, False), (3, True), (4, False), (4, True)])
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_winning(self, count: int, rectify: bool, shape: tuple[int, ...]) -> None:
+        tables, h = winner(count, rectify), words(1, shape)
+        bits = prg().bits((len(pairs.pairs_of(count, rectify)), *shape))
+        seen = agree(partial(pairs.under_masks, bits, h, 0))
+        assert seen.dtype == torch.bool
+        for alice in (True, False):
+            won = agree(partial(pairs.winners, seen, h, tables.coefficients, tables.constant, alice))
+            agree(partial(pairs.under_masks, won, h, 63 - count))
+
+    def test_shapes_that_do_not_fit_are_refused_and_not_read_past(self) -> None:
+        opened, h, tables = words(0, (4, 600)), words(1, (600,)), winner(4, True)
+        with pytest.raises(InputError, match="10 pairs"):
+            pairs.compare_pairs(opened, words(2, (5, 10, 600)), words(3, (6, 600)), True, 0, 5, True)
+        with pytest.raises(InputError, match="10 pairs"):
+            pairs.compare_pairs(opened, words(2, (4, 10, 600)), words(3, (10, 600)), True, 0, 5, True)
+        with pytest.raises(InputError, match="do not have masks"):
+            pairs.under_masks(prg().bits((10, 300)), h, 0)
+        with pytest.raises(InputError, match="do not have masks"):
+            pairs.winners(prg().bits((10, 300)).bool(), h, tables.coefficients, tables.constant, True)
+        with pytest.raises(InputError, match="6 pairs"):
+            pairs.winners(prg().bits((6, 600)).bool(), h, tables.coefficients, tables.constant, True)
 
 
 class TestProtocols:
@@ -163,6 +206,17 @@ class TestProtocols:
         def transcript() -> list[Tensor]:
             pairs = (shared(words(seed, (600,), 2**28), 16, seed) for seed in range(2))
             return [result.words for result in both(trio(7), maximum, *pairs)]
+
+        agree(transcript)
+
+    @pytest.mark.parametrize("rectify", [True, False])
+    def test_the_same_largest(self, rectify: bool) -> None:
+        def transcript() -> list[Tensor]:
+            tap = Recorder()
+            values = shared(words(8, (4, 2, 113), 2**44), 32)
+            results = both(trio(7, tap), largest, values, rectify=rectify, scale=16)
+            sent = [value for messages in tap.sent.values() for message in messages for value in message]
+            return [*sent, *(result.words for result in results)]
 
         agree(transcript)
 

@@ -127,6 +127,7 @@ CASES: dict[str, Case] = {
     "matmul": Case(lambda x: x @ x.T, -4, 4, -15),
     "max_pool2d": Case(lambda x: F.max_pool2d(IMAGES(x), 2), -8000, 8000, -16),
     "avg_pool2d": Case(lambda x: F.avg_pool2d(IMAGES(x), 3, 2, 1), -100, 100, -16, -15),
+    "avg_pool2d (ceil_mode)": Case(lambda x: F.avg_pool2d(IMAGES(x), 3, 2, 1, ceil_mode=True), -100, 100, -16, -15),
     "adaptive_max_pool2d": Case(lambda x: F.adaptive_max_pool2d(IMAGES(x), 2), -4000, 4000, -16),
     "upsample (nearest)": Case(lambda x: F.interpolate(IMAGES(x), scale_factor=2), -8000, 8000, -24),
     "upsample (bilinear)": Case(lambda x: F.interpolate(IMAGES(x), scale_factor=2, mode="bilinear"), -100, 100, -16),
@@ -225,6 +226,16 @@ def test_a_layer_on_images(layer: nn.Module) -> None:
     assert private.counted() == private.cost()
 
 
+@pytest.mark.parametrize("options", [(3, 2, 1), (3, 3, 0), (2, 2, 1), (4, 3, 2), ((2, 5), (1, 3), (1, 2))])
+@pytest.mark.parametrize("counted", [True, False])
+def test_averages_of_windows_beyond_the_edge(options: tuple[Any, ...], counted: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.AvgPool2d(*options, ceil_mode=True, count_include_pad=counted), torch.randn(2, 3, 7, 8)
+    private = Cluster(prg()).encrypt(layer, x)
+    torch.testing.assert_close(private(x), layer(x), atol=2**-15, rtol=2**-15)
+    assert private.counted() == private.cost()
+
+
 @pytest.mark.parametrize("layer", [nn.ConvTranspose1d(2, 3, 4, stride=3), nn.Conv1d(2, 4, 3, groups=2)])
 def test_a_layer_on_sequences(layer: nn.Module) -> None:
     torch.manual_seed(0)
@@ -296,7 +307,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a norm of another order": (lambda x: torch.linalg.vector_norm(x, 3, 1), "order 3"),
     "private positions": (lambda x: x.gather(1, x.argmax(1, keepdim=True)), "private positions"),
     "uneven cells": (lambda x: F.adaptive_max_pool2d(IMAGES(x), 3), "divide"),
-    "pooling beyond the edge": (lambda x: F.avg_pool2d(IMAGES(x), 3, 2, ceil_mode=True), "ceil_mode"),
     "an unknown operator": (torch.sin, "aten.sin.default"),
 }
 

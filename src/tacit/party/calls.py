@@ -94,11 +94,37 @@ class RevealLoss(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Give the caller this party's share of the last step's loss."""
 
 
+class Save(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Write this party's shares of the state it keeps to its own disk; see `tacit.program.checkpoint`.
+
+    Args:
+        folder: where to.
+        program: what they belong to.
+        step: how many steps led to them.
+    """
+
+    folder: str
+    program: str
+    step: Annotated[int, Meta(ge=0)]
+
+
+class Restore(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Keep the shares that this party has on its disk, in the place of any others.
+
+    Args:
+        folder: where they lie.
+        program: what they should belong to.
+    """
+
+    folder: str
+    program: str
+
+
 class Usage(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Say how much memory has been used."""
 
 
-Call = Join | Install | Load | Deal | Run | InstallTraining | Keep | Step | Reveal | RevealLoss | Usage
+Call = Join | Install | Load | Deal | Run | InstallTraining | Keep | Step | Reveal | RevealLoss | Save | Restore | Usage
 
 
 class Done(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -155,13 +181,19 @@ class Held(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     scales: list[int]
 
 
+class Restored(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Shares were read, which were written after this many steps."""
+
+    step: int
+
+
 class Used(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """The largest resident memory so far, in MB of 10^6 bytes."""
 
     peak_rss_mb: float
 
 
-Answer = Done | Planned | Ran | Held | Used
+Answer = Done | Planned | Ran | Held | Restored | Used
 
 
 class Failure(msgspec.Struct, tag=True, forbid_unknown_fields=True):

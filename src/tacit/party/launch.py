@@ -32,9 +32,12 @@ from tacit.party.calls import (
     Load,
     Planned,
     Ran,
+    Restore,
+    Restored,
     Reveal,
     RevealLoss,
     Run,
+    Save,
     Step,
     Usage,
     Used,
@@ -223,6 +226,23 @@ class LocalProcesses:
         """
         (pair,) = self._asked(RevealLoss())
         return pair
+
+    def save(self, folder: str, program: str, step: int) -> None:
+        """Have alice and bob write their shares of what they keep, each to its own disk.
+
+        Raises:
+            PeerError: one of them failed.
+        """
+        _of(Done, self._all(Save(folder, program, step), names=(ALICE, BOB)))
+
+    def restore(self, folder: str, program: str) -> tuple[int, int]:
+        """Have alice and bob keep the shares that they wrote; after which step each of them did.
+
+        Raises:
+            PeerError: one of them failed, or has no such shares.
+        """
+        alice, bob = _of(Restored, self._all(Restore(folder, program), names=(ALICE, BOB)))
+        return alice.step, bob.step
 
     def peak_rss_mb(self) -> dict[str, float]:
         """The largest resident memory of each process so far, in MB of 10^6 bytes."""

@@ -7,6 +7,7 @@ them a seed that it drew, and later sends bob his corrections. A process whose l
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 import socket
 import sys
@@ -37,9 +38,12 @@ from tacit.party.calls import (
     Load,
     Planned,
     Ran,
+    Restore,
+    Restored,
     Reveal,
     RevealLoss,
     Run,
+    Save,
     Step,
     Usage,
     Used,
@@ -50,6 +54,7 @@ from tacit.party.driver import Pool, Watch, drive
 from tacit.party.programs import Program, decode_program
 from tacit.party.training import TrainingProgram, decode_training_program
 from tacit.party.transport import TOKEN_BYTES, Link, accept, connect, listen
+from tacit.program import checkpoint
 from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.run import Cost, execute, load
 from tacit.ring.fixed_point import FRACTION_BITS
@@ -97,6 +102,10 @@ class _Process(ABC):
                 return _held(self.reveal(names))
             case RevealLoss():
                 return _held([self.loss()])
+            case Save():
+                return self._timed(lambda: self.save(call)), ()
+            case Restore():
+                return Restored(self.restore(call)), ()
             case Usage():
                 return Used(peak_rss_mb()), ()
 
@@ -168,6 +177,14 @@ class _Process(ABC):
     def loss(self) -> Share:
         """The share of the last step's loss."""
 
+    @abstractmethod
+    def save(self, call: Save) -> int:
+        """Write the shares of a training's state; bytes sent for it."""
+
+    @abstractmethod
+    def restore(self, call: Restore) -> int:
+        """Keep the shares that were written; after which step they were."""
+
 
 class _ProviderProcess(_Process):
     """The crypto provider: it is sent programs and shapes, and no share of anything."""
@@ -206,6 +223,12 @@ class _ProviderProcess(_Process):
         raise InputError("the provider keeps nothing of a training")
 
     def loss(self) -> Share:
+        raise InputError("the provider keeps nothing of a training")
+
+    def save(self, call: Save) -> int:
+        raise InputError("the provider keeps nothing of a training")
+
+    def restore(self, call: Restore) -> int:
         raise InputError("the provider keeps nothing of a training")
 
 
@@ -283,6 +306,19 @@ class _PartyProcess(_Process):
             raise InputError(f"{self.name} does not keep a state of all these names")
         return [self._kept[name] for name in names]
 
+    def save(self, call: Save) -> int:
+        if not self._kept:
+            raise InputError(f"{self.name} keeps nothing to save: keep a state first")
+        words = {name: share.words for name, share in self._kept.items()}
+        checkpoint.save(Path(call.folder), self._role, words, call.program, call.step)
+        return 0
+
+    def restore(self, call: Restore) -> int:
+        words, step = checkpoint.load(Path(call.folder), self._role, self.training.state, call.program)
+        self._kept = {name: self._share(words[name], PARAMETER_BITS) for name in self.training.state}
+        self._loss = None
+        return step
+
     def loss(self) -> Share:
         if self._loss is None:
             raise InputError(f"{self.name} has no loss: take a step first")
@@ -352,6 +388,8 @@ def serve(name: str, token: bytes, announce: Callable[[int], None]) -> None:
             f"the session's token is {len(token)} bytes, not {TOKEN_BYTES}: was this process started by hand?"
         )
     torch.set_num_threads(1)
+    # What was imported stays: a collection that looks through it takes 10 ms, and comes in the middle of a run.
+    gc.freeze()
     with listen() as listener, torch.inference_mode():
         announce(listener.getsockname()[1])
         process = (_ProviderProcess if name == PROVIDER else _PartyProcess)(name, token, listener)

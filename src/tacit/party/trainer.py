@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
+
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tacit.errors import InputError, PeerError
-from tacit.mpc.lockstep import Trio
-from tacit.mpc.shares import reconstruct, share
+from tacit.errors import DataError, InputError, PeerError
+from tacit.mpc.shares import reconstruct
 from tacit.party.calls import Planned
-from tacit.party.launch import Dealt, LocalProcesses, Outcome, Pair
+from tacit.party.launch import Dealt, LocalProcesses, Outcome
 from tacit.party.training import TrainingProgram
 from tacit.program.lowering import Context
 from tacit.program.optimizers import Optimizer, Sgd
+from tacit.program.recipe import Loss, Recipe
 from tacit.program.run import Cost
-from tacit.program.training import Loss, Trainer
-from tacit.ring.fixed_point import FRACTION_BITS, encode
 from tacit.ring.prg import Prg
-
-
-class _Owner(Trainer):
-    """The owner's and the client's side of `Trainer`: what to run, what to send, what to make of what comes back.
-
-    No step runs in this process.
-    """
-
-    def program(self, shape: tuple[int, ...]) -> TrainingProgram:
-        """The step on a batch of this shape, for the three processes."""
-        step = self._plan(shape).program
-        labels = self._output_shape(torch.empty(shape, device="meta"))
-        state = {name: tuple(self._state[name][0].shape) for name in self._order}
-        return TrainingProgram(step, state, (shape, labels), len(self._optimizer.numbers(1)), self._context)
-
-    def shares(self) -> dict[str, Pair]:
-        """Shares of the parameters and of the optimizer's state."""
-        return {name: self._state[name] for name in self._order}
-
-    def batch(self, inputs: Tensor, labels: Tensor, client: Prg) -> list[Pair]:
-        """Shares of a batch, the labels as the loss takes them."""
-        if not isinstance(inputs, Tensor):
-            raise InputError(f"the input is a {type(inputs).__name__}: give a torch.Tensor")
-        words, shape = encode(inputs), tuple(inputs.shape)
-        self.cost(shape)  # refuses what is no batch
-        targets = self._targets(inputs, labels, self._plan(shape).program.labels_sum_to_one)
-        return [share(value, FRACTION_BITS, client) for value in (words, encode(targets, what="labels"))]
-
-    def numbers(self) -> tuple[float, ...]:
-        """The optimizer's public numbers for the next step."""
-        return self._optimizer.numbers(self.steps + 1)
-
-    def restored(self, revealed: dict[str, Pair]) -> nn.Module:
-        """The model, from both parties' shares of it."""
-        self._state |= revealed
-        return self.reveal()
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of what makes up the model."""
-        return (*self._trained, *self._fixed)
 
 
 class ProcessTrainer:
@@ -76,7 +34,7 @@ class ProcessTrainer:
         context: the engine's settings.
 
     Raises:
-        InputError: the model has nothing to train.
+        InputError: the model has nothing to train, or the context asks for what training has not.
         RangeError: a weight is not finite, or of magnitude 64 or more.
     """
 
@@ -89,9 +47,12 @@ class ProcessTrainer:
         context: Context | None = None,
     ) -> None:
         self._processes, self._client = processes, Prg.fresh()
-        self._owner = _Owner(Trio(), Prg.fresh(), model, loss, optimizer or Sgd(), context or Context())
+        self._recipe = Recipe(model, loss, optimizer or Sgd(), context or Context())
+        # Sent when a step is installed, and not kept here.
+        self._begin = self._recipe.share_state(Prg.fresh())
         self._installed: tuple[tuple[int, ...], Planned] | None = None
         self._ahead = 0
+        self.steps = 0
 
     def install(self, shape: tuple[int, ...]) -> Planned:
         """Compile a step on batches of this shape and send it to the three; at first, the parameters' shares too.
@@ -108,12 +69,13 @@ class ProcessTrainer:
             return self._installed[1]
         if self._ahead:
             raise InputError(f"{self._ahead} steps were dealt for batches of another shape: take them first")
-        cost = self._owner.cost(shape)
-        planned = self._processes.install(self._owner.program(shape))
+        cost = self.cost(shape)
+        planned = self._processes.install(self._program(shape))
         if planned != Planned(cost.rounds, cost.bytes_online, cost.bytes_dealt):
             raise PeerError("the processes plan another cost than this one: they do not run the same version")
-        if self._installed is None:
-            self._processes.keep(self._owner.shares())
+        if self._begin:
+            self._processes.keep(self._begin)
+            self._begin = {}
         self._installed = shape, planned
         return planned
 
@@ -144,14 +106,15 @@ class ProcessTrainer:
             RangeError: a value is not finite, or of magnitude 16,384 or more.
             PeerError: a process failed; see also `install`.
         """
-        batch = self._owner.batch(inputs, labels, self._client)
+        _, batch = self._recipe.share_batch(inputs, labels, self._client)
         shape = tuple(inputs.shape)
         self.install(shape)
         if not self._ahead:
             self.deal(shape)
         self._ahead -= 1
-        outcome = self._processes.step(batch, self._owner.numbers(), by_layer=by_layer)
-        self._owner.steps += 1
+        numbers = self._recipe.optimizer.numbers(self.steps + 1)
+        outcome = self._processes.step(batch, numbers, by_layer=by_layer)
+        self.steps += 1
         return outcome
 
     def loss(self) -> float:
@@ -168,15 +131,57 @@ class ProcessTrainer:
         Raises:
             PeerError: a process failed, or nothing has been installed yet.
         """
-        return self._owner.restored(self._processes.reveal(self._owner.parameters))
+        names = self._recipe.parameters
+        return self._recipe.restored(self._processes.reveal(names))
+
+    def save(self, folder: str | Path) -> None:
+        """Have alice and bob write their shares: parameters, buffers and the optimizer's state, each to its own disk.
+
+        Args:
+            folder: gets ``alice.safetensors`` at alice's and ``bob.safetensors`` at bob's. Either alone is uniformly
+                random; the two must never meet.
+
+        Raises:
+            InputError: nothing has been installed yet.
+            PeerError: a process failed.
+        """
+        if self._installed is None:
+            raise InputError("the parties hold nothing yet: install a step, or take one, before saving")
+        self._processes.save(str(Path(folder).resolve()), self._recipe.description, self.steps)
+
+    def load(self, folder: str | Path, shape: tuple[int, ...]) -> None:
+        """Go on from a checkpoint of the same model and optimizer, of processes or of one: alice and bob read theirs.
+
+        Args:
+            folder: as given to `save`.
+            shape: of the batches that follow; `install` is called with it.
+
+        Raises:
+            PeerError: a process failed: a file is missing or damaged, or belongs to another model or optimizer.
+            DataError: the two files were written after different steps. The parties then keep shares that do not
+                belong together: load another checkpoint.
+        """
+        self.install(shape)
+        steps = self._processes.restore(str(Path(folder).resolve()), self._recipe.description)
+        if len(set(steps)) > 1:
+            raise DataError(
+                f"alice's shares are from step {steps[0]} and bob's from step {steps[1]}: not one checkpoint"
+            )
+        self.steps = steps[0]
 
     def cost(self, shape: tuple[int, ...]) -> Cost:
         """What a step on a batch of this shape costs: planned, not run."""
-        return self._owner.cost(shape)
+        return self._recipe.plan(tuple(shape)).cost
 
     def operators(self, shape: tuple[int, ...]) -> dict[str, str]:
         """The operators of a step on a batch of this shape, by the names under which `step` takes their times."""
-        return {node.name: node.operator for node in self._owner.program(shape).step.graph.nodes}
+        return {node.name: node.operator for node in self._program(shape).step.graph.nodes}
+
+    def _program(self, shape: tuple[int, ...]) -> TrainingProgram:
+        """The step on a batch of this shape, for the three processes."""
+        recipe, planned = self._recipe, self._recipe.plan(tuple(shape))
+        numbers = len(recipe.optimizer.numbers(1))
+        return TrainingProgram(planned.program, recipe.shapes, (shape, planned.output), numbers, recipe.context)
 
     def __repr__(self) -> str:
-        return f"ProcessTrainer({self._owner.steps} steps, shared by alice and bob)"
+        return f"ProcessTrainer({self.steps} steps, shared by alice and bob)"

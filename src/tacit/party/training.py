@@ -23,9 +23,9 @@ from tacit.mpc.steps import Protocol, Role
 from tacit.party.graphs import DTYPES, PackedNode, pack_nodes, unpack_context, unpack_graph
 from tacit.program.lowering import Context
 from tacit.program.lowering.backward import PARAMETER_BITS
+from tacit.program.recipe import run_step
 from tacit.program.run import Cost, check, cost_of
 from tacit.program.step import StepProgram
-from tacit.program.training import run_step
 from tacit.ring.fixed_point import FRACTION_BITS
 from tacit.wire import parsed
 

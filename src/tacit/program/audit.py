@@ -97,9 +97,15 @@ def interpret(model: Model, inputs: Sequence[Tensor]) -> dict[str, Any]:
     return values
 
 
-def window_bound(chunks: int) -> float:
-    """The magnitude below which a comparison window of so many chunks is right at both ends; see `tacit.mpc.sign`."""
-    return 2.0 ** (CHUNK_BITS * chunks - FRACTION_BITS) - 2.0**-FRACTION_BITS
+def window_bound(chunks: int, extra: int = 0) -> float:
+    """The magnitude below which a comparison window of so many chunks is right at both ends; see `tacit.mpc.sign`.
+
+    Args:
+        chunks: its size.
+        extra: how many fractional bits more than 16 it begins with; see `tacit.program.lowering.Context`.
+    """
+    lowest = FRACTION_BITS + extra
+    return 2.0 ** (CHUNK_BITS * chunks - lowest) - 2.0**-lowest
 
 
 def largest_compared(node: Node, values: Mapping[str, Any]) -> float | None:
@@ -128,10 +134,10 @@ def largest_compared(node: Node, values: Mapping[str, Any]) -> float | None:
         bounds = [*others, finite(-1.0), finite(1.0)] if name == "hardtanh" else others
         return max(float((x - bound).abs().max()) for bound in bounds)
     spread = float(x.max().clamp(min=0) - x.min().clamp(max=0))
-    return spread + _PADDING if name in _POOLS and _is_padded(node) else spread
+    return spread + _PADDING if name in _POOLS and is_padded(node) else spread
 
 
-def _is_padded(node: Node) -> bool:
+def is_padded(node: Node) -> bool:
     """Whether pooling windows may reach over an edge, where elements are compared with what padding stands for."""
     _, _, _, padding, _, ceil_mode = (*node.args, *[None] * 6)[:6]
     return bool(ceil_mode) or (isinstance(padding, list | tuple) and any(padding))
@@ -173,7 +179,8 @@ def _layer(node: Node, alice: Any, bob: Any, clear: Mapping[str, Any], context: 
     finite = exact.isfinite()
     compared = largest_compared(node, clear)
     if compared is not None:
-        bound, largest = window_bound(context.at(node.name).chunks), compared
+        settings = context.at(node.name)
+        bound, largest = window_bound(settings.chunks, settings.extra), compared
     else:
         bound, largest = 2.0 ** (62 - pair[0].scale), float(exact[finite].abs().max())
     error = float((reconstruct(*pair) - exact)[finite].abs().max())

@@ -82,6 +82,8 @@ class _Masking:
             return [self._convolution_gradient(node, self._producers[args[0].name])]
         if operator == _CONVOLUTION_BACKWARD:
             return []
+        if operator == "aten.mean.dim":
+            return [replace(node, operator="tacit.mean")]
         if operator == "aten.rsqrt.default":
             return [replace(node, operator="tacit.inverse_root")]
         if operator == "aten.pow.Tensor_Scalar" and args[1] == 2:
@@ -100,8 +102,11 @@ class _Masking:
             return [product, replace(node, operator="aten.add.Tensor", args=(Ref(product.name), args[0]))]
         if operator == "aten.convolution.default":
             x, w, bias = args[:3]
-            geometry = _geometry(node, args[3:])
-            product = self._of_masked(new("product", "") if bias else node, "tacit.convolve", x, w, *geometry)
+            geometry, transposed = _geometry(args[3:])
+            # A transposed convolution is what the gradient of a convolution for its input is.
+            op = "tacit.convolve_input_gradient" if transposed else "tacit.convolve"
+            sizes = (tuple(node.shape[2:]),) if transposed else ()
+            product = self._of_masked(new("product", "") if bias else node, op, x, w, *sizes, *geometry)
             if not bias:
                 return [product]
             column = new("bias", "aten.view.default", bias, [-1, *[1] * len(geometry[0])])
@@ -112,12 +117,17 @@ class _Masking:
     def _convolution_gradient(self, node: Node, backward: Node) -> Node:
         """One of the three results of ``convolution_backward``: for the input, the weight, or the bias."""
         gradient, x, w = backward.args[:3]
-        geometry = _geometry(backward, backward.args[4:10])
+        geometry, transposed = _geometry(backward.args[4:10])
+        sizes = tuple(node.shape[2:])
         if node.args[1] == 2:
             spatial = range(2, 2 + len(geometry[0]))
             return replace(node, operator="aten.sum.dim_IntList", args=(gradient, [0, *spatial]))
-        operator, other = (("tacit.convolve_input_gradient", w), ("tacit.convolve_weight_gradient", x))[node.args[1]]
-        return self._of_masked(node, operator, gradient, other, tuple(node.shape[2:]), *geometry)
+        if node.args[1] == 1:
+            left, right = (x, gradient) if transposed else (gradient, x)
+            return self._of_masked(node, "tacit.convolve_weight_gradient", left, right, sizes, *geometry)
+        if transposed:
+            return self._of_masked(node, "tacit.convolve", gradient, w, *geometry)
+        return self._of_masked(node, "tacit.convolve_input_gradient", gradient, w, sizes, *geometry)
 
     def _of_masked(self, node: Node, operator: str, x: Ref, y: Ref, *geometry: Any, scale: int = FRACTION_BITS) -> Node:
         args = (*self._operand(x, scale), *self._operand(y, scale), *geometry)
@@ -141,9 +151,7 @@ class _Masking:
         return all(map(self._is_public, self._producers[name].refs))
 
 
-def _geometry(node: Node, args: Sequence[Any]) -> tuple[Any, ...]:
-    """Stride, padding, dilation and groups of a convolution."""
+def _geometry(args: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
+    """Stride, padding, dilation and groups of a convolution, and whether it is transposed."""
     stride, padding, dilation, transposed, _, groups = args
-    if transposed:
-        raise UnsupportedOperator(f"{node.operator} at {node.source}: has no encrypted form in training if transposed")
-    return tuple(stride), tuple(padding), tuple(dilation), groups
+    return (tuple(stride), tuple(padding), tuple(dilation), groups), transposed

@@ -39,17 +39,21 @@ class Sgd:
         lr: learning rate.
         momentum: of the running sum of gradients, in [0, 1).
         weight_decay: how much of a parameter is added to its gradient.
+        nesterov: whether the momentum of the step to come is added already.
 
     Raises:
-        InputError: a setting is out of its range.
+        InputError: a setting is out of its range, or Nesterov's step has no momentum.
     """
 
     lr: float = 0.1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         _check(self.lr, self.weight_decay, momentum=self.momentum)
+        if self.nesterov and not self.momentum:
+            raise InputError("nesterov is set, but momentum is 0: give one above 0")
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -69,7 +73,8 @@ class Sgd:
         if not self.momentum:
             return parameter - self.lr * gradient, ()
         velocity = self.momentum * state[0] + gradient
-        return parameter - self.lr * velocity, (velocity,)
+        direction = gradient + self.momentum * velocity if self.nesterov else velocity
+        return parameter - self.lr * direction, (velocity,)
 
 
 _UNIT = 64.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -15,7 +17,7 @@ from tacit.mpc.linear import Weight, load_weight
 from tacit.mpc.lockstep import LayerCount, Meter, plan
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol, Role, Task, dataflow
-from tacit.program.lowering import FACTOR_POSITIONS, LOWERINGS, Context
+from tacit.program.lowering import BIAS_POSITIONS, FACTOR_POSITIONS, LOWERINGS, Context
 from tacit.program.network import SECONDS_PER_DEALT_BYTE, SECONDS_PER_PRODUCT, Network
 from tacit.ring.fixed_point import FRACTION_BITS
 from tacit.trace import Graph, Node, Ref, references
@@ -44,7 +46,7 @@ def factors(graph: Graph) -> tuple[str, ...]:
 
 
 def load(graph: Graph, state: Mapping[str, Share], first_number: int) -> Protocol[dict[str, Share | Weight]]:
-    """Load a model: open every weight under its mask, all in one round.
+    """Load a model: open every weight under its mask, all in one round, and leave its bias with it.
 
     Args:
         graph: the program.
@@ -52,12 +54,27 @@ def load(graph: Graph, state: Mapping[str, Share], first_number: int) -> Protoco
         first_number: weights are numbered from here; see `tacit.mpc.linear.load_weight`.
     """
     names = factors(graph)
+    uses = Counter(name for node in graph.nodes for name in node.refs)
     tasks = [
         Task(name, (), lambda name=name, number=number: load_weight(state[name], number))
         for number, name in enumerate(names, first_number)
     ]
     loaded = yield from dataflow(tasks, names)
+    for node in graph.nodes:
+        if pair := _biased(node, graph, uses):
+            weight, bias = pair
+            column = (*state[bias].shape, *[1] * (len(node.shape) - 2))
+            loaded[weight] = replace(loaded[weight], bias=state[bias].map(partial(torch.reshape, shape=column)))
     return {**state, **loaded}
+
+
+def _biased(node: Node, graph: Graph, uses: Mapping[str, int]) -> tuple[str, str] | None:
+    """The names of a node's weight and bias, if both belong to the model and nothing else takes the weight."""
+    if node.operator not in BIAS_POSITIONS or node.kwargs:
+        return None
+    weight, bias = (node.args[position] for position in BIAS_POSITIONS[node.operator])
+    owned = all(isinstance(value, Ref) and value.name in graph.state for value in (weight, bias))
+    return (weight.name, bias.name) if owned and uses[weight.name] == 1 else None
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@
 open from its output, where a maximum stood from an index. On shares these bits are dear and already known, and a tensor
 that enters several products need be opened once. `compile_step` rewrites the graph accordingly:
 
-1. what depends on no input is computed, and chains of public factors become one;
-2. the gradient of log-softmax is written with the softmax, which for labels that sum to one is a difference;
-3. max-pooling moves before ReLU, and both keep their bits for their gradients (`tacit.mpc.gates`);
-4. operands of products are masked, each once, and products take masked operands (`tacit.mpc.masked`);
-5. the new parameters and the optimizer's state come out at one scale.
+1. what depends on no input is computed, chains of public factors become one, and dropout's masks are drawn from a
+   public seed that the parties toss (`tacit.mpc.coin`);
+2. an embedding is a product with one-hot vectors, and so is its gradient;
+3. the gradient of log-softmax is written with the softmax, which for labels that sum to one is a difference;
+4. max-pooling moves before ReLU, and both keep their bits for their gradients (`tacit.mpc.gates`);
+5. operands of products are masked, each once, and products take masked operands (`tacit.mpc.masked`);
+6. the new parameters, buffers and the optimizer's state come out at one scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +30,8 @@ from tacit.trace import CONSTANT, Graph, Node, Ref, operator_of, substitute
 _RELU, _MAX_POOL = "aten.relu.default", "aten.max_pool2d_with_indices.default"
 _FACTORS = ("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar", "aten.neg.default")
 _SUMS = ("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar")
-_FILLED = {"ones_like": 1.0, "zeros_like": 0.0, "new_ones": 1.0, "new_zeros": 0.0}
+_FILLED = {"ones_like": 1.0, "zeros_like": 0.0, "new_ones": 1.0, "new_zeros": 0.0, "empty_like": 0.0, "empty": 0.0}
+_DRAWN, _SEED = "aten.bernoulli.p", "dropout_seed"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,12 @@ def compile_step(
         kept: the outputs that the next step takes: parameters and the optimizer's state.
 
     Raises:
-        UnsupportedOperator: the step draws random numbers, or uses a form of an operator that has no gradient here.
+        UnsupportedOperator: the step draws random numbers for something else than dropout, or uses a form of an
+            operator that has no gradient here.
     """
-    nodes, constants = _fold(graph, shapes)
+    shape_of = {**dict(zip(graph.inputs, shapes, strict=True)), **{node.name: node.shape for node in graph.nodes}}
+    nodes, constants = _fold(graph, shape_of)
+    nodes = _embeddings_as_products(nodes, shape_of)
     nodes = _without_duplicates(nodes, graph.outputs)
     nodes, by_sum = _softmax_gradients(nodes, labels)
     nodes = _keep_bits(nodes)
@@ -74,9 +80,8 @@ def compile_step(
     return StepProgram(whole, tuple(constants.values()), by_sum)
 
 
-def _fold(graph: Graph, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Node], dict[str, Tensor]]:
+def _fold(graph: Graph, shape_of: Mapping[str, tuple[int, ...]]) -> tuple[list[Node], dict[str, Tensor]]:
     """Compute constants, and merge chains of public factors into one `tacit.scale`."""
-    shape_of = {**dict(zip(graph.inputs, shapes, strict=True)), **{node.name: node.shape for node in graph.nodes}}
     constants: dict[str, Tensor] = {}
     chains: dict[str, tuple[str, float]] = {}
     nodes: list[Node] = []
@@ -96,10 +101,20 @@ def _fold(graph: Graph, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Node], 
     for node in graph.nodes:
         if node.operator == CONSTANT:
             constants[node.name] = torch.tensor(node.args[0])
-        elif node.operator == "getitem":
+        elif node.operator == "getitem" and node.args[0].name not in constants:
             nodes.append(node)
-        elif (stem := node.operator.split(".")[1]) in _FILLED:
+        elif (stem := node.operator.partition(".")[2].partition(".")[0]) in _FILLED:
             constants[node.name] = torch.full(node.shape, _FILLED[stem])
+        elif stem in ("full_like", "new_full"):
+            constants[node.name] = torch.full(node.shape, float(node.args[-1]))
+        elif node.operator == _DRAWN:
+            if not any(one.name == _SEED for one in nodes):
+                nodes.append(Node(_SEED, "tacit.toss", (), {}))
+            draw = (Ref(_SEED), node.name, tuple(node.shape), float(node.args[1]))
+            nodes.append(replace(node, operator="tacit.kept", args=draw, kwargs={}))
+        elif stem == "copy_":
+            # What follows takes the node's own name, and so sees what was copied.
+            nodes.append(replace(node, operator="aten.alias.default", args=node.args[1:2], kwargs={}))
         elif torch.Tag.nondeterministic_seeded in getattr(operator_of(node.operator), "tags", ()):
             raise UnsupportedOperator(f"{node.operator} at {node.source or 'the step'}: draws random numbers")
         elif all(name in constants for name in node.refs):
@@ -113,6 +128,42 @@ def _fold(graph: Graph, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Node], 
         else:
             nodes.append(node)
     return nodes, constants
+
+
+def _embeddings_as_products(nodes: list[Node], shape_of: Mapping[str, tuple[int, ...]]) -> list[Node]:
+    """Rows of a table at private indices as one-hot vectors times the table; its gradient likewise."""
+    result: list[Node] = []
+
+    def one_hot(new: Callable[..., Node], indices: Ref, rows: int) -> Node:
+        vectors = new("one_hot", "tacit.one_hot", indices, rows)
+        flat = replace(new("flat", "aten.view.default", Ref(vectors.name), [-1, rows]), shape=(-1, rows))
+        result.extend((vectors, flat))
+        return flat
+
+    for node in nodes:
+        new = namer(node)
+        if node.operator == "aten.embedding.default":
+            table, indices = node.args[:2]
+            flat = one_hot(new, indices, shape_of[table.name][0])
+            rows = new("rows", "aten.mm.default", Ref(flat.name), table)
+            result += [rows, replace(node, operator="aten.view.default", args=(Ref(rows.name), list(node.shape)))]
+        elif node.operator == "aten.embedding_dense_backward.default":
+            gradient, indices, rows, padding, by_frequency = node.args
+            if by_frequency:
+                raise UnsupportedOperator(f"{node.operator} at {node.source}: has no encrypted form by frequency")
+            flat = replace(one_hot(new, indices, rows), shape=(rows, -1))
+            turned = new("turned", "aten.t.default", Ref(flat.name))
+            width = node.shape[-1]
+            items = replace(new("items", "aten.view.default", gradient, [-1, width]), shape=(-1, width))
+            total = replace(node, operator="aten.mm.default", args=(Ref(turned.name), Ref(items.name)), kwargs={})
+            if padding >= 0:
+                total = replace(total, name=f"{node.name}_total")
+            result += [turned, items, total]
+            if padding >= 0:
+                result.append(replace(node, operator="tacit.without_row", args=(Ref(total.name), padding), kwargs={}))
+        else:
+            result.append(node)
+    return result
 
 
 def _scaled(node: Node, chains: dict[str, tuple[str, float]]) -> Node:

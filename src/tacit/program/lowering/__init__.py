@@ -25,7 +25,7 @@ from tacit.program.lowering import (
 )
 from tacit.program.lowering.operands import Context
 
-__all__ = ["FACTOR_POSITIONS", "LOWERINGS", "Context"]
+__all__ = ["BIAS_POSITIONS", "FACTOR_POSITIONS", "LOWERINGS", "Context"]
 
 LOWERINGS: dict[str, Callable[..., Any]] = {
     **arithmetic.LOWERINGS,
@@ -44,3 +44,6 @@ FACTOR_POSITIONS: dict[str, tuple[int, ...]] = {
     **structure.FACTOR_POSITIONS,
 }
 """Which arguments of an operator enter a product: state tensors there are loaded as weights."""
+
+BIAS_POSITIONS = arithmetic.BIAS_POSITIONS
+"""Which arguments of a product are its weight and its bias: where both belong to a model they are loaded together."""

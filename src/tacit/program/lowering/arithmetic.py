@@ -12,10 +12,11 @@ from torch import Tensor
 from tacit.errors import UnsupportedOperator
 from tacit.mpc import functions
 from tacit.mpc.gradients import InputGradient
-from tacit.mpc.linear import Convolve, MatMul, Multiply, times_number
+from tacit.mpc.linear import Convolve, MatMul, Multiply, Weight, times_number
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol
 from tacit.program.lowering.operands import Context, Operand, fit, is_private, plus, product, scaled, share_of
+from tacit.ring.fixed_point import FRACTION_BITS
 
 MAX_POWER = 64
 
@@ -43,12 +44,17 @@ def convolution(
     else:
         op = Convolve(*geometry)
     result = yield from product(context, x, weight, op)
-    if bias is None:
+    if bias is None or _has_bias(weight):
         return result
     column = (-1, *[1] * len(stride))
     return plus(
         result, bias.reshape(column) if isinstance(bias, Tensor) else share_of(bias).map(lambda b: b.view(column))
     )
+
+
+def _has_bias(weight: Any) -> bool:
+    """Whether a weight's products come with their bias; see `tacit.program.run.load`."""
+    return isinstance(weight, Weight) and weight.bias is not None
 
 
 def _tensor(value: Any) -> Tensor:
@@ -60,6 +66,8 @@ def addmm(
 ) -> Protocol[Share]:
     """``beta * bias + alpha * x @ weight``; one round."""
     result = yield from product(context, x, weight, MatMul())
+    if _has_bias(weight):
+        return result
     if alpha != 1:
         result = yield from scaled(context, result, alpha)
     if beta != 1 and not isinstance(bias, Tensor):
@@ -191,12 +199,15 @@ def var_mean(
     dims = tuple(dim) if dim else tuple(range(own.words.dim()))
     centred = yield from functions.centred(own, dims)
     squares = yield from product(context, centred, centred, Multiply())
-    total = sum_(context, squares, dims, keepdim)
-    count = squares.words.numel() // max(1, total.words.numel())
+    average = yield from functions.mean(squares, dims)
+    count = squares.words.numel() // max(1, average.words.numel())
     divisor = count - (1 if correction is None else correction)
     if divisor <= 0:
         raise UnsupportedOperator(f"the variance of {count} values with correction {correction} is not finite")
-    return times_number(total, 1.0 / divisor), (yield from mean(context, own, dims, keepdim))
+    average = average if keepdim else average.map(lambda words: words.squeeze(dims))
+    if divisor != count:
+        average = yield from functions.reduced(average, FRACTION_BITS + 8)
+    return times_number(average, count / divisor), (yield from mean(context, own, dims, keepdim))
 
 
 def var(context: Context, x: Operand, dim: Sequence[int] | None = None, **options: Any) -> Protocol[Share]:
@@ -249,6 +260,8 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "aten.var_mean.correction": var_mean,
     "aten.linalg_vector_norm.default": vector_norm,
 }
+
+BIAS_POSITIONS: dict[str, tuple[int, int]] = {"aten.convolution.default": (1, 2), "aten.addmm.default": (2, 0)}
 
 FACTOR_POSITIONS: dict[str, tuple[int, ...]] = {
     "aten.convolution.default": (0, 1),

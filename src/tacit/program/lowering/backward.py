@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from tacit.errors import UnsupportedOperator
-from tacit.mpc import functions, gates, masked, sign
+from tacit.mpc import coin, functions, gates, masked, sign, tables
 from tacit.mpc.gates import Kept
 from tacit.mpc.gradients import InputGradient, WeightGradient
 from tacit.mpc.linear import Convolve, MatMul, Multiply, times_number, times_public
@@ -24,6 +23,7 @@ from tacit.mpc.pooling import Windows
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol
 from tacit.program.lowering.operands import Context
+from tacit.program.lowering.pooling import divided, window_counts
 from tacit.ring.fixed_point import FRACTION_BITS
 
 PARAMETER_BITS = 24
@@ -32,19 +32,24 @@ _BEFORE_FACTOR = 32
 """A factor adds 16 bits to a word. From 32 fractional bits, magnitudes below 16,384 then stay below 2^62."""
 _LARGEST_SCALE = 40
 """What a product of a parameter and an activation has; beyond it a share is truncated to `PARAMETER_BITS`."""
+_FINEST_SCALE = 48
+"""What a product of two parameters has; from beyond it, no operator goes on."""
 _WEIGHT_BITS = 22
 """Fractional bits of the optimizer's public numbers."""
 
 Views = Sequence[tuple[str, tuple[Any, ...]]]
 
 
-def scaled(context: Context, x: Share, factor: float) -> Protocol[Share]:
+def scaled(context: Context, x: Any, factor: float) -> Protocol[Any]:
     """x times a public number: powers of two are free and exact, others take up to two truncations.
 
-    The factor's relative error is at most 2^-16.
+    The factor's relative error is at most 2^-16. An x that is public itself stays so.
     """
+    if isinstance(x, Tensor):
+        return x * factor
     if math.frexp(factor)[0] in (0.5, -0.5):
-        return times_number(x, factor)
+        halved = times_number(x, factor)
+        return halved if halved.scale <= _FINEST_SCALE else (yield from sign.truncate(halved, _BEFORE_FACTOR))
     if x.scale > _BEFORE_FACTOR:
         x = yield from sign.truncate(x, _BEFORE_FACTOR)
     x = times_number(x, factor)
@@ -75,6 +80,40 @@ def mask(context: Context, x: Share, name: str, scale: int = FRACTION_BITS) -> P
     if x.scale > max(scale, PARAMETER_BITS):
         x = yield from sign.truncate(x, scale)
     return (yield from masked.mask(x, name))
+
+
+def mean(context: Context, x: Share, dim: Sequence[int], keepdim: bool = False, **_: Any) -> Protocol[Share]:
+    """``mean`` over dimensions to 24 fractional bits or more, of sums up to 2^30; see `tacit.mpc.functions.mean`."""
+    dims = tuple(axis % len(x.shape) for axis in dim) if dim else tuple(range(len(x.shape)))
+    x = yield from functions.reduced(x, 2 * FRACTION_BITS)
+    result = yield from functions.mean(x, dims)
+    return result if keepdim else result.map(lambda words: words.squeeze(dims))
+
+
+def toss(context: Context) -> Protocol[Tensor]:
+    """A public seed for this step's dropout; one round."""
+    return coin.toss()
+
+
+def kept(context: Context, seed: Tensor, name: str, shape: tuple[int, ...], chance: float) -> Tensor:
+    """``bernoulli``: public zeros and ones that the parties draw from their common seed; local."""
+    return coin.kept(seed, name, shape, chance)
+
+
+def one_hot(context: Context, indices: Share, count: int) -> Protocol[Share]:
+    """Private indices as vectors of zeros and a one; one round. See `tacit.mpc.tables.indicator`."""
+    return tables.indicator(indices, count)
+
+
+def without_row(context: Context, x: Share, row: int) -> Share:
+    """x with zeros in one row; local."""
+
+    def cleared(words: Tensor) -> Tensor:
+        words = words.clone()
+        words[row] = 0
+        return words
+
+    return x.map(cleared)
 
 
 def _product(op: Any) -> Callable[..., Protocol[Share]]:
@@ -116,7 +155,7 @@ def max_pool_backward(
 def avg_pool2d_backward(
     context: Context,
     gradient: Share,
-    x: Share,
+    x: Any,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -125,13 +164,16 @@ def avg_pool2d_backward(
     divisor: int | None,
 ) -> Protocol[Share]:
     """Each window's gradient in equal parts at its elements; local, or `scaled`'s rounds."""
-    if ceil_mode or (any(padding) and not count_include_pad):
-        raise UnsupportedOperator("average pooling with ceil_mode or without its padding has no encrypted form yet")
     both = [tuple(v) * 2 if len(v) == 1 else tuple(v) for v in (kernel, stride or kernel, padding)]
-    windows = Windows(both[0], both[1], both[2], (1, 1))
-    count = math.prod(windows.kernel)
-    spread = gradient.with_words(_scatter(windows, [gradient.words] * count, tuple(x.shape[-2:])))
-    return (yield from scaled(context, spread, 1.0 / (divisor or count)))
+    windows, sizes = Windows(both[0], both[1], both[2], (1, 1), ceil_mode), tuple(x.shape[-2:])
+    number = math.prod(windows.kernel)
+    if divisor or (not ceil_mode and (count_include_pad or not any(padding))):
+        spread = gradient.with_words(_scatter(windows, [gradient.words] * number, sizes))
+        averaged: Share = yield from scaled(context, spread, 1.0 / (divisor or number))
+        return averaged
+    own = yield from functions.reduced(gradient, PARAMETER_BITS)
+    part: Share = divided(own, window_counts(windows, sizes, count_include_pad))
+    return part.with_words(_scatter(windows, [part.words] * number, sizes))
 
 
 def _scatter(windows: Windows, parts: Sequence[Tensor], sizes: tuple[int, ...]) -> Tensor:
@@ -169,5 +211,10 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "tacit.max_pool": max_pool,
     "tacit.max_pool_gradient": max_pool_backward,
     "tacit.part": part,
+    "tacit.mean": mean,
+    "tacit.toss": toss,
+    "tacit.kept": kept,
+    "tacit.one_hot": one_hot,
+    "tacit.without_row": without_row,
     "aten.avg_pool2d_backward.default": avg_pool2d_backward,
 }

@@ -313,6 +313,7 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
 } | {
     TRUTH: truth,
     "aten.sign.default": sign_,
+    "aten.sgn.default": sign_,
     "aten.logical_not.default": logical_not,
     "aten.logical_and.default": logical_and,
     "aten.logical_or.default": logical_or,

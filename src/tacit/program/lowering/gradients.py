@@ -8,6 +8,7 @@ autograd's graph does; the provider remembers nothing between two operators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from tacit.errors import UnsupportedOperator
 from tacit.mpc import linear
 from tacit.mpc.gradients import InputGradient, WeightGradient
-from tacit.mpc.linear import Multiply
+from tacit.mpc.linear import Convolve, MatMul, Multiply
 from tacit.mpc.pooling import Windows
 from tacit.mpc.shares import Share
 from tacit.mpc.sign import comparison_window, masked_opening
@@ -210,21 +211,59 @@ def convolution_backward(
     wanted: Sequence[bool],
 ) -> Protocol[tuple[Share | None, Share | None, Share | None]]:
     """A convolution's gradients for input, weight and bias, where ``wanted``; one round, and those of truncations."""
-    if transposed:
-        raise UnsupportedOperator("the gradient of a transposed convolution has no encrypted form")
     geometry = tuple(stride), tuple(padding), tuple(dilation), groups
     own = yield from context.truncate(share_of(gradient))
+    for_input: Any = Convolve(*geometry) if transposed else InputGradient(tuple(x.shape[2:]), *geometry)
+    for_weight: Any = WeightGradient(tuple(weight.shape[2:]), *geometry)
     products: list[Protocol[Share]] = []
     if wanted[0]:
-        products.append(product(context, own, weight, InputGradient(tuple(x.shape[2:]), *geometry)))  # type: ignore[arg-type]
+        products.append(product(context, own, weight, for_input))
     if wanted[1]:
-        products.append(product(context, own, x, WeightGradient(tuple(weight.shape[2:]), *geometry)))  # type: ignore[arg-type]
+        left, right = (x, own) if transposed else (own, x)
+        products.append(product(context, left, right, for_weight))
     found = iter((yield from together(*products)))
     return (
         next(found) if wanted[0] else None,
         next(found) if wanted[1] else None,
         own.map(lambda words: words.transpose(0, 1).flatten(1).sum(1)) if wanted[2] else None,
     )
+
+
+def upsample_nearest_backward(operator: Callable[..., Tensor]) -> Callable[..., Share]:
+    """The gradient of nearest-neighbour upsampling: added up where elements were taken from; local."""
+
+    def lowering(
+        context: Context, gradient: Operand, output: Sequence[int], sizes: Sequence[int], *scales: float | None
+    ) -> Share:
+        own, spatial = share_of(gradient), tuple(sizes[2:])
+        count = math.prod(spatial)
+        # Positions are found by upsampling the numbers of the elements, exact in float64.
+        numbers = torch.arange(count, dtype=torch.float64).view(1, 1, *spatial)
+        places = operator(numbers, output, *scales).to(torch.int64).flatten().to(own.words.device)
+
+        def add(words: Tensor) -> Tensor:
+            total = words.new_zeros((*words.shape[:2], count))
+            return total.index_add_(2, places, words.flatten(2)).view(*words.shape[:2], *spatial)
+
+        return own.map(add)
+
+    return lowering
+
+
+def upsample_linear_backward(operator: Callable[..., Tensor]) -> Callable[..., Protocol[Share]]:
+    """The gradient of linear upsampling: a product with the same public weights, transposed."""
+
+    def lowering(
+        context: Context, gradient: Operand, output: Sequence[int], sizes: Sequence[int], *options: Any
+    ) -> Protocol[Share]:
+        own, spatial = share_of(gradient), tuple(sizes[2:])
+        count = math.prod(spatial)
+        unit = torch.eye(count, dtype=torch.float64).view(count, 1, *spatial)
+        weights = operator(unit, output, *options).flatten(1).T
+        result = yield from product(context, own.map(lambda words: words.flatten(2)), weights, MatMul())
+        return result.map(lambda words: words.view(*words.shape[:2], *spatial))
+
+    return lowering
 
 
 def _placed(view: Callable[..., Tensor]) -> Callable[..., Share]:
@@ -282,6 +321,18 @@ LOWERINGS: dict[str, Callable[..., Any]] = {
     "aten.conj_physical.default": identity,
     "aten.select_backward.default": _placed(Tensor.select),
     "aten.slice_backward.default": _placed(torch.ops.aten.slice.Tensor),
+    **{
+        f"aten.upsample_nearest{n}d_backward.default": upsample_nearest_backward(
+            getattr(torch.ops.aten, f"upsample_nearest{n}d").default
+        )
+        for n in (1, 2, 3)
+    },
+    **{
+        f"aten.upsample_{name}_backward.default": upsample_linear_backward(
+            getattr(torch.ops.aten, f"upsample_{name}").default
+        )
+        for name in ("linear1d", "bilinear2d")
+    },
     "aten.index_put.default": index_put,
     "aten.scatter_add.default": scatter_add,
     "aten.scatter.value": scatter_number,

@@ -40,32 +40,50 @@ class Context:
             approximated stay so.
         windows: for operators by name, a size of their comparison window in the place of ``chunks``; found by
             `tacit.program.calibrate`, which says what happens to a value outside.
+        finer: for operators by name, how many fractional bits more than 16 (fewer, if negative) their results and
+            their windows have; found there too.
+        extra: that number for the operator at hand.
     """
 
     chunks: int = sign.MAX_CHUNKS
     network: Network | None = None
     exact: bool = False
     windows: Mapping[str, int] = field(default_factory=dict)
+    finer: Mapping[str, int] = field(default_factory=dict)
+    extra: int = 0
 
     def at(self, name: str) -> Context:
         """The settings for the operator of this name."""
-        return replace(self, chunks=self.windows[name]) if name in self.windows else self
+        if name not in self.windows and name not in self.finer:
+            return self
+        return replace(self, chunks=self.windows.get(name, self.chunks), extra=self.finer.get(name, 0))
+
+    def zoomed(self, x: Share) -> Share:
+        """x taken for 2^extra times as much: what keeps 16 fractional bits of it keeps ``extra`` more of x; local."""
+        return x.with_words(x.words, x.scale - self.extra) if self.extra else x
+
+    def unzoomed(self, x: Share) -> Share:
+        """The opposite of `zoomed`."""
+        return x.with_words(x.words, x.scale + self.extra) if self.extra else x
 
     def truncate(self, x: Share, scale: int = FRACTION_BITS) -> Protocol[Share]:
         """Drop fractional bits."""
         return exact.truncate(x, scale) if self.exact else sign.truncate(x, scale)
 
     def relu(self, x: Share) -> Protocol[Share]:
-        """max(x, 0), truncated to 16 fractional bits on the way."""
-        return exact.relu(x, chunks=self.chunks) if self.exact else sign.relu(x, chunks=self.chunks)
+        """max(x, 0), truncated to 16 fractional bits on the way, or as many as are set for the operator."""
+        relu = exact.relu if self.exact else sign.relu
+        return self.unzoomed((yield from relu(self.zoomed(x), chunks=self.chunks)))
 
     def nonnegative(self, x: Share) -> Protocol[Share]:
         """1{x ≥ 0} at scale 0."""
-        return exact.nonnegative(x, self.chunks) if self.exact else sign.nonnegative(x, self.chunks)
+        nonnegative = exact.nonnegative if self.exact else sign.nonnegative
+        return nonnegative(self.zoomed(x), self.chunks)
 
     def maximum(self, x: Share, y: Share) -> Protocol[Share]:
         """The larger one, element by element."""
-        return exact.maximum(x, y, self.chunks) if self.exact else sign.maximum(x, y, self.chunks)
+        maximum = exact.maximum if self.exact else sign.maximum
+        return self.unzoomed((yield from maximum(self.zoomed(x), self.zoomed(y), self.chunks)))
 
     def comparable(self, x: Share) -> Protocol[Share]:
         """A share whose comparisons are exact if that is asked for: truncated to 16 fractional bits then."""

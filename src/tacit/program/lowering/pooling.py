@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -54,13 +55,13 @@ def max_pool_relu(
 
 def _pooled(context: Context, x: Share, windows: pooling.Windows, rectify: bool) -> Protocol[Share]:
     """By a tournament or by all pairs, whichever takes less time on the network that is planned for."""
-    x = yield from context.comparable(x)
+    x = context.zoomed((yield from context.comparable(x)))
     network = context.network
     if network is None or math.prod(windows.kernel) > MAX_VALUES:
         way = _tournament
     else:
         way = _fastest(tuple(x.shape), x.scale, windows, rectify, context.chunks, context.exact, network)
-    return (yield from way(context, x, windows, rectify))
+    return context.unzoomed((yield from way(replace(context, extra=0), x, windows, rectify)))
 
 
 def _tournament(context: Context, x: Share, windows: pooling.Windows, rectify: bool) -> Protocol[Share]:
@@ -116,15 +117,32 @@ def avg_pool(
     divisor_override: int | None = None,
 ) -> Protocol[Share]:
     """``avg_pool1d`` to ``avg_pool3d``; local."""
-    if ceil_mode:
-        raise UnsupportedOperator("average pooling with ceil_mode has no encrypted form yet")
     own = yield from fit(context, share_of(x))
     windows = _windows(own.words.dim() - 2, kernel, stride, padding, (1,), ceil_mode)
-    if count_include_pad or not any(padding) or divisor_override:
+    if divisor_override or (not ceil_mode and (count_include_pad or not any(padding))):
         return pooling.average_pool(own, windows, divisor_override)
     total = own.with_words(sum(windows.elements(own.words, 0)))  # type: ignore[arg-type]
-    counts = sum(windows.elements(torch.ones(own.shape[2:], dtype=torch.float64), 0))
-    return _divided(total, counts)  # type: ignore[arg-type]
+    return divided(total, window_counts(windows, own.shape[2:], count_include_pad))
+
+
+def window_counts(windows: pooling.Windows, sizes: Sequence[int], with_padding: bool) -> Tensor:
+    """By how much ``avg_pool`` divides the sum of every window: what lies beyond the padding never counts.
+
+    Args:
+        windows: the geometry, undilated.
+        sizes: of the pooled dimensions.
+        with_padding: whether padding counts.
+
+    Returns:
+        float64 of the shape of the pooled dimensions' results.
+    """
+    counts = torch.ones((), dtype=torch.float64)
+    geometry = zip(sizes, windows.outputs(tuple(sizes)), windows.kernel, windows.stride, windows.padding, strict=True)
+    for size, count, k, s, p in geometry:
+        starts = torch.arange(count) * s - p
+        first, end = (-p, size + p) if with_padding else (0, size)
+        counts = counts.unsqueeze(-1) * ((starts + k).clamp(max=end) - starts.clamp(min=first))
+    return counts
 
 
 def adaptive_avg_pool2d(context: Context, x: Operand, output_size: Sequence[int]) -> Protocol[Share]:
@@ -136,11 +154,11 @@ def adaptive_avg_pool2d(context: Context, x: Operand, output_size: Sequence[int]
     )
     words = [torch.stack([own.words[..., a:b, c:d].sum((-2, -1)) for c, d in columns], -1) for a, b in rows]
     counts = torch.tensor([[(b - a) * (d - c) for c, d in columns] for a, b in rows], dtype=torch.float64)
-    return _divided(own.with_words(torch.stack(words, -2)), counts)
+    return divided(own.with_words(torch.stack(words, -2)), counts)
 
 
-def _divided(sums: Share, counts: Tensor) -> Share:
-    """Sums divided by public counts, which are mostly all the same."""
+def divided(sums: Share, counts: Tensor) -> Share:
+    """Sums divided by public counts, which are mostly all the same; local."""
     first = counts.flatten()[0].item()
     if bool((counts == first).all()):
         return linear.times_number(sums, 1.0 / first)

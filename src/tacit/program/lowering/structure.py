@@ -211,6 +211,7 @@ _VIEWS: dict[str, Callable[..., Any]] = {
         "aten.select.int",
         "aten.slice.Tensor",
         "aten.split.Tensor",
+        "aten.unsafe_split.Tensor",
         "aten.split_with_sizes.default",
         "aten.unbind.int",
         "aten.flip.default",
