@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tacit.bench.federated import EXAMPLES_PER_CLIENT, MODELS, PRIVACY, measure_federated
 from tacit.bench.inference import Inference, measure_inference
 from tacit.bench.measuring import Profile
 from tacit.bench.nets import NETS
+from tacit.bench.secure_sum import PROTOCOLS, measure_secure_sum
 from tacit.bench.training import NETS as TRAINED
 from tacit.bench.training import Training, measure_training
 
@@ -61,6 +63,69 @@ def training(
         f"{result.max_abs_error_weights:.1e}; {result.peak_rss_mb:,.0f} MB a party."
     )
     _print_profile(result.profile, console)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+
+
+@app.command("secure-sum")
+def secure_sum(
+    protocol: Annotated[str, typer.Option(help=f"One of {', '.join(PROTOCOLS)}.")] = "masked",
+    clients: Annotated[int, typer.Option(help="Clients in the cohort.")] = 100,
+    params: Annotated[int, typer.Option(help="Entries of each client's vector.")] = 199_210,
+    dropout: Annotated[float, typer.Option(help="Fraction of the clients that is lost.")] = 0.1,
+    lying: Annotated[
+        bool, typer.Option("--lying/--curious", help="Withstand a server that lies, or one that only looks.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """A secure sum of real vectors in one process, client by client, in seconds of one core."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with console.status("") as status:
+        result = measure_secure_sum(protocol, clients, params, dropout, lying, lambda text: status.update(text))
+    ms = {
+        name: f"{1000 * getattr(result, name):,.3g} ms" for name in ("client_cpu_s", "client_max_cpu_s", "encode_cpu_s")
+    }
+    console.print(
+        f"{result.protocol}, {result.clients} clients of {result.params:,} entries, {result.dropped} lost: "
+        f"a client {ms['client_cpu_s']} (at most {ms['client_max_cpu_s']}) and {ms['encode_cpu_s']} to round, "
+        f"the server {result.server_cpu_s:,.2f} s; the sum is {'exact' if result.exact else 'WRONG'}."
+    )
+    console.print(
+        f"A client sends {result.upload_bytes_per_client:,.0f} bytes, {result.upload_bytes_per_param:.2f} a parameter "
+        f"in a ring of {result.ring_bits} bits, and receives {result.download_bytes_per_client:,.0f}; "
+        f"{result.holders} holders, threshold {result.threshold}."
+    )
+    if as_json:
+        print(json.dumps(result.as_dict()))
+
+
+@app.command()
+def federated(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "2nn",
+    clients: Annotated[int, typer.Option(help=f"Clients of {EXAMPLES_PER_CLIENT} images each.")] = 1000,
+    cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, after one that warms up.")] = 10,
+    dp: Annotated[str, typer.Option(help=f"Differential privacy, one of {', '.join(PRIVACY)}.")] = "none",
+    processes: Annotated[int, typer.Option(help="Processes that train clients.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Simulated federated averaging, beside a plain PyTorch loop."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with console.status("") as status:
+        result = measure_federated(
+            model, clients, cohort, batch_size, rounds, dp, processes, lambda text: status.update(text)
+        )
+    console.print(
+        f"{result.model}, {result.cohort} of {result.clients:,} clients, batches of {result.batch_size}: a round takes "
+        f"{result.cpu_s_per_round:.4f} s of CPU, {result.over_plain_loop:.2f} times the plain loop's "
+        f"{result.plain_loop_cpu_s:.4f} s (central training {result.central_limit_cpu_s:.4f} s)."
+    )
+    console.print(
+        f"{result.wall_s_per_round:.4f} s by the clock, {result.clients_per_s:,.0f} clients a second; "
+        f"first round after {result.startup_s:.2f} s; {result.peak_rss_mb:,.0f} MB. "
+        f"Solver: {result.solver}. Executor: {result.executor}."
+    )
     if as_json:
         print(json.dumps(result.as_dict()))
 
