@@ -49,6 +49,7 @@ class Settings:
         lr: the clients' learning rate; each makes one pass in batches of 10.
         server_lr: learning rate of the server's SGD on the pseudo-gradient; 1 without momentum is plain averaging.
         server_momentum: its momentum.
+        secure_sum: whether the server sees only sums of the clients' updates.
         seed: of everything that is not secret.
         data_dir: where MNIST's files are.
 
@@ -65,6 +66,7 @@ class Settings:
     lr: float = 0.05
     server_lr: float = 1.0
     server_momentum: float = 0.8
+    secure_sum: bool = True
     seed: int = 0
     data_dir: Path | None = None
 
@@ -125,6 +127,7 @@ def demonstrate(settings: Settings, watcher: Watcher | None = None) -> DemoRepor
         rounds=settings.rounds,
         cohort=settings.cohort,
         seed=settings.seed,
+        secure_sum="masked" if settings.secure_sum else None,
         test=data.test,
         on_round=watcher.round,
     )
@@ -139,6 +142,7 @@ def demonstrate(settings: Settings, watcher: Watcher | None = None) -> DemoRepor
     return DemoReport(
         dataset=data.name,
         model=settings.model,
+        secure_sum=settings.secure_sum,
         history=run.history,
         label_counts=label_counts(data.train.targets, parts, data.classes),
         confusion=_confusion(labels, secret_class, data.classes),

@@ -24,6 +24,7 @@ KEYS = {
     "rounds",
     "max_abs_error",
     "plaintext_s",
+    "plaintext_cold_s",
     "online_over_plaintext",
     "deal_over_plaintext",
     "peak_rss_mb",

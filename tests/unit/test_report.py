@@ -42,6 +42,7 @@ def report(clients: int = 3, **changes: object) -> DemoReport:
     made = DemoReport(
         dataset="digits",
         model="MLP",
+        secure_sum=True,
         history=[record(1, 0.5, 1.2), record(2, None, None), record(3, 0.9, 0.3)],
         label_counts=torch.arange(clients * 10).reshape(clients, 10),
         confusion=torch.eye(10, dtype=torch.int64) * 12 + torch.eye(10, dtype=torch.int64).roll(1, 1),

@@ -41,7 +41,7 @@ name = "model.py:small"
 initial = "xavier"
 [selection]
 name = "uniform"
-cohort = 3
+cohort = 4
 [rounds]
 number = 5
 evaluate_clients_every = 2
@@ -96,6 +96,7 @@ VARIANTS = {
     "asynchronous": '[devices]\n[algorithm]\nname = "fedbuff"\nbuffer = 2\nconcurrency = 3\n',
     "asynchronous and quantised": '[devices]\n[compression]\nscheme = "quantise"\n[algorithm]\nname = "fedbuff"\n'
     "buffer = 2\nconcurrency = 3\n",
+    "masked": "[secure_sum]\nminimum = 3\n",
     "private": "[privacy]\nnoise_multiplier = 1.0\nclip = 0.5\nnoise_seed = 7\n",
 }
 
@@ -206,7 +207,7 @@ def test_a_changed_config_or_a_damaged_snapshot_is_refused(tmp_path: Path) -> No
         ("held_out = 0.2", "held_out = 0.0", "needs examples that clients keep back"),
         ("held_out = 0.2", "held_out = 1.5", "data.held_out=1.5"),
         ('"uniform"', '"availability"', r"add \[devices\]"),
-        ("cohort = 3", "cohort = 30", "cohort=30: choose between 1 and the number of clients, 6"),
+        ("cohort = 4", "cohort = 30", "cohort=30: choose between 1 and the number of clients, 6"),
         ("number = 5", "number = 0", "rounds.number=0"),
     ],
 )
@@ -235,11 +236,14 @@ def test_the_budget_stops_the_run_before_the_round_and_the_run_is_kept(tmp_path:
 def test_listing_shows_what_differs(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 4)):
         start(written(tmp_path, BASE.replace("seed = 3", f"seed = {seed}")), tmp_path / "runs" / name)
-    rows = listing.compare(listing.find([tmp_path / "runs"]))
-    assert [row["run"] for row in rows] == ["a", "b"]
-    assert [row["seed"] for row in rows] == ["3", "4"]
-    assert "algorithm.lr" not in rows[0]
-    assert rows[0]["accuracy"].endswith("%")
+    found = listing.find([tmp_path / "runs"])
+    rows = listing.overview(found)
+    assert [(row["run"], row["algorithm"], row["rounds"]) for row in rows] == [
+        ("a", "fedavg", "5"),
+        ("b", "fedavg", "5"),
+    ]
+    assert all(row["accuracy"].endswith("%") and "ε" not in row for row in rows)
+    assert listing.differences(found) == [{"setting": "seed", "a": "3", "b": "4"}]
     with pytest.raises(InputError, match="there is no run in"):
         listing.find([tmp_path / "runs" / "a" / "none"])
 

@@ -30,6 +30,7 @@ def demo(
     lr: Annotated[float, typer.Option(help="The clients' learning rate.")] = _DEFAULTS.lr,
     server_lr: Annotated[float, typer.Option(help="The server's, on the pseudo-gradient.")] = _DEFAULTS.server_lr,
     server_momentum: Annotated[float, typer.Option(help="Of the server's SGD.")] = _DEFAULTS.server_momentum,
+    secure_sum: Annotated[bool, typer.Option(help="Have the server see sums of updates only.")] = _DEFAULTS.secure_sum,
     seed: Annotated[int, typer.Option(help="Of everything that is not secret.")] = _DEFAULTS.seed,
     data_dir: Annotated[Path | None, typer.Option(help="Where MNIST's files are; else TACIT_DATA.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
@@ -46,6 +47,7 @@ def demo(
         lr=lr,
         server_lr=server_lr,
         server_momentum=server_momentum,
+        secure_sum=secure_sum,
         seed=seed,
         data_dir=data_dir,
         **counts,
@@ -122,6 +124,10 @@ def _print_summary(result: DemoReport, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if result.secure_sum:
+        console.print(
+            "The server saw sums of the clients' updates, and no single one.", highlight=False, soft_wrap=True
+        )
     console.print(
         f"A batch of {result.batch} takes {result.rounds_per_batch} rounds; an image takes "
         f"{result.bytes_online_per_image / 1000:,.0f} kB from party to party and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -52,13 +52,19 @@ def runs(
     if as_json:
         print(json.dumps([run.summary for run in found]))
         return
-    table = Table(box=None, pad_edge=False)
-    rows = listing.compare(found)
+    console = Console()
+    console.print(_table(listing.overview(found)))
+    if differing := listing.differences(found):
+        console.print(_table(differing))
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    return table
 
 
 def _watch(work: Callable[[OnRound], Outcome], folder: Path, as_json: bool) -> None:

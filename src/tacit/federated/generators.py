@@ -14,5 +14,9 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
     nor the process they run in changes a result. Statistical quality only: nothing secret may be drawn from
     it.
     """
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.Generator().manual_seed(int.from_bytes(seed_for(seed, *purpose)[:8], "big"))
+
+
+def seed_for(seed: int, *purpose: str | int) -> bytes:
+    """Sixteen bytes for a purpose, as `generator_for` derives them; whoever knows the run's seed knows them."""
+    return hashlib.sha256(repr((seed, *purpose)).encode()).digest()[:16]

@@ -71,6 +71,7 @@ class DemoReport:
     Args:
         dataset: name of the data set.
         model: name of the model.
+        secure_sum: whether the server saw only sums of the clients' updates.
         history: the federated rounds, in order.
         label_counts: int64 tensor ``(clients, classes)``; training examples of each class at each client.
         confusion: int64 tensor ``(classes, classes)``; rows are true classes, columns encrypted predictions.
@@ -93,6 +94,7 @@ class DemoReport:
 
     dataset: str
     model: str
+    secure_sum: bool
     history: Sequence[RoundRecord]
     label_counts: Tensor
     confusion: Tensor
@@ -121,6 +123,7 @@ class TrainingReport:
         dataset: name of the data set.
         model: name of the model.
         algorithm: name of the algorithm.
+        secure_sum: whether the server saw only sums of the clients' updates.
         history: the rounds, in order.
         label_counts: int64 tensor ``(clients, classes)``; training examples of each class at each client.
         seconds: wall-clock time of all rounds.
@@ -131,6 +134,7 @@ class TrainingReport:
     dataset: str
     model: str
     algorithm: str
+    secure_sum: bool
     history: Sequence[RoundRecord]
     label_counts: Tensor
     seconds: float

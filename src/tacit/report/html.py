@@ -31,7 +31,7 @@ def render(report: DemoReport) -> str:
         InputError: matplotlib, which comes with ``tacit[demo]``, is not installed.
     """
     written = (
-        sections.training(report.history, report.label_counts, report.seconds_federated),
+        sections.training(report.history, report.label_counts, report.seconds_federated, report.secure_sum),
         sections.predicting(report),
         sections.parties(report),
         sections.cost(report),
@@ -50,7 +50,7 @@ def render_training(report: TrainingReport) -> str:
         InputError: matplotlib, which comes with ``tacit[demo]``, is not installed.
     """
     written = (
-        sections.training(report.history, report.label_counts, report.seconds),
+        sections.training(report.history, report.label_counts, report.seconds, report.secure_sum),
         sections.circumstances(report.history),
         sections.provenance(report.settings, report.versions),
     )

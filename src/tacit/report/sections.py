@@ -64,8 +64,12 @@ def training_header(report: TrainingReport) -> str:
 </header>"""
 
 
-def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: float) -> str:
+def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: float, secure_sum: bool) -> str:
     """Write how the federated rounds went, and how the data lay over the clients."""
+    masked = ""
+    if secure_sum:
+        masked = """ Each sent its changes under masks that cancel only in the sum of all: the server has seen
+that sum, and nobody's own part of it."""
     clients = len(label_counts)
     drawn = (
         (plots.accuracy(history), "Accuracy of the global model on held-out examples, after each round."),
@@ -89,7 +93,7 @@ def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: floa
     }
     text = f"""<p>In each round the server sends its model to some of the clients. Each trains it on its own
 examples for a while and sends back only what changed; the server averages the changes. The examples stay
-where they are.</p>
+where they are.{masked}</p>
 {_drawn(drawn) or '<p class="note">No round of this run was evaluated.</p>'}
 <div class="pair {wide}">
 {_plot(plots.partition(label_counts), split, wide)}

@@ -222,6 +222,15 @@ class TopK(_Section, tag="topk", tag_field="scheme", frozen=True):
     fraction: float = 0.01
 
 
+class SecureSum(_Section, frozen=True):
+    """The server sees the sum of the updates, and no single one."""
+
+    protocol: Literal["masked"] = "masked"
+    clip: float = 1.0
+    bits: int = 16
+    minimum: int | None = None
+
+
 class Privacy(_Section, frozen=True):
     """Differential privacy."""
 
@@ -257,6 +266,7 @@ class Config(_Section, frozen=True):
     rounds: Rounds = Rounds()
     devices: Devices | None = None
     compression: Float16 | Quantise | TopK | None = None
+    secure_sum: SecureSum | None = None
     privacy: Privacy | None = None
     execution: Execution = Execution()
 

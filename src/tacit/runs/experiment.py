@@ -20,14 +20,16 @@ from tacit.errors import InputError
 from tacit.federated.evaluation import EarlyStop
 from tacit.federated.fedbuff import FedBuff
 from tacit.federated.history import RoundRecord
+from tacit.federated.secure_sum.mean import SecureMean
+from tacit.federated.selection import Selection
 from tacit.report.data import TrainingReport
-from tacit.runs import build, config
+from tacit.runs import build, config, tensorboard
 from tacit.runs.data import holdings
 from tacit.runs.listing import flat
 from tacit.runtimes.asynchronous import AsynchronousFederation
 from tacit.runtimes.executors import Executor
 from tacit.runtimes.federation import Devices, Federation
-from tacit.runtimes.simulation import Evaluation, example_counts, executor_for, privacy_plan
+from tacit.runtimes.simulation import Evaluation, example_counts, executor_for, masked_sum, privacy_plan
 
 LOSS = functional.cross_entropy
 """All data sets of a config are classified."""
@@ -90,19 +92,27 @@ class Experiment:
                     algorithm=algorithm,
                     selection=selection,
                     devices=devices,
+                    secure_mean=self._secure_mean(sizes, selection),
                     private=private,
                     seed=settings.seed,
                     initial=settings.model.initial,
                 )
 
+    def _secure_mean(self, sizes: Tensor, selection: Selection) -> SecureMean | None:
+        section = self.config.secure_sum
+        if section is None:
+            return None
+        return SecureMean(masked_sum(sizes, selection, section.minimum), section.clip, section.bits)
+
     def _asynchronous(
         self, algorithm: FedBuff, executor: Executor, sizes: Tensor, devices: Devices | None
     ) -> AsynchronousFederation:
         chosen = self.config.algorithm
-        if devices is None or self.config.privacy is not None or not isinstance(chosen, config.FedBuff):
+        guarded = self.config.privacy is not None or self.config.secure_sum is not None
+        if devices is None or guarded or not isinstance(chosen, config.FedBuff):
             raise InputError(
-                "algorithm.name='fedbuff' needs simulated devices, and has no form under differential privacy: "
-                "add [devices], leave out [privacy]"
+                "algorithm.name='fedbuff' needs simulated devices, and has no form under differential privacy or "
+                "secure sum: add [devices], leave out [privacy] and [secure_sum]"
             )
         return AsynchronousFederation(
             self.model,
@@ -125,6 +135,7 @@ class Experiment:
             dataset=self.data.name,
             model=self.config.model.name,
             algorithm=type(self.config.algorithm).__name__,
+            secure_sum=self.config.secure_sum is not None,
             history=history,
             label_counts=label_counts(torch.cat(targets), parts, self.data.classes),
             seconds=sum(record.seconds for record in history),
@@ -149,6 +160,8 @@ def prepare(settings: config.Config, origin: Path) -> Experiment:
         raise InputError(
             f"rounds.number={rounds.number}, rounds.checkpoint_every={rounds.checkpoint_every}: give 1 or more"
         )
+    if settings.execution.tensorboard:
+        tensorboard.writer()
     held = holdings(settings, origin)
     tests = held.tests if rounds.evaluate_clients_every else None
     if rounds.evaluate_clients_every and tests is None:

@@ -15,6 +15,7 @@ from tacit.federated.history import RoundRecord
 from tacit.runs import config
 from tacit.runs.folder import RunFolder
 
+_NOTHING = "–"
 Summary = dict[str, str | int | float | None]
 
 
@@ -83,15 +84,35 @@ def news(record: RoundRecord) -> str:
     return ", ".join([*parts, record.note] if record.note else parts)
 
 
-def compare(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """A row a run as text: the figures that any of them has, then the settings in which they differ."""
-    figures = [name for name in runs[0].summary if any(run.summary[name] is not None for run in runs)]
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    differing = [name for name in names if len({str(run.settings.get(name)) for run in runs}) > 1]
-    return [
-        {name: _text(name, run.summary[name]) for name in figures}
-        | {name: str(run.settings.get(name, "–")) for name in differing}
+def overview(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """A row a run as text; figures that no run has are left out."""
+    rows = [
+        {
+            "run": str(run.summary["run"]),
+            "algorithm": str(run.settings["algorithm.name"]),
+            "data": str(run.settings["data.dataset"]),
+            "rounds": str(run.summary["rounds"]),
+            "accuracy": _percent(run.summary["accuracy"]),
+            "worst 10 %": _percent(run.summary["worst_decile"]),
+            "ε": _number(run.summary["epsilon"], "{:.2f}"),
+            "MB sent": _number(run.summary["bytes_up"], "{:,.1f}", 1e6),
+            "lost": _number(run.summary["clients_lost"] or None, "{}"),
+            "simulated": _number(run.summary["simulated_seconds"], "{:,.1f} h", 3600.0),
+        }
         for run in runs
+    ]
+    return [{name: row[name] for name in row if any(other[name] != _NOTHING for other in rows)} for row in rows]
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """A row for each setting in which the runs differ, with what it is in each of them."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    values = {name: [run.settings.get(name) for run in runs] for name in names}
+    labels = [str(run.summary["run"]) for run in runs]
+    return [
+        {"setting": name} | dict(zip(labels, (_NOTHING if v is None else str(v) for v in of_runs), strict=True))
+        for name, of_runs in values.items()
+        if len(set(map(str, of_runs))) > 1
     ]
 
 
@@ -116,9 +137,9 @@ def _read(path: Path) -> Run:
     return Run(flat(settings), summary(path.name, folder.history()))
 
 
-def _text(name: str, value: str | int | float | None) -> str:
-    if value is None:
-        return "–"
-    if name in ("accuracy", "best_accuracy", "worst_decile"):
-        return f"{value:.2%}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _percent(value: str | int | float | None) -> str:
+    return _NOTHING if value is None else f"{value:.2%}"
+
+
+def _number(value: str | int | float | None, form: str, unit: float = 1) -> str:
+    return form.format(value / unit if unit != 1 else value) if isinstance(value, int | float) else _NOTHING

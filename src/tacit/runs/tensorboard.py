@@ -12,6 +12,20 @@ from tacit.errors import InputError
 from tacit.federated.history import RoundRecord
 
 
+def writer() -> Any:
+    """The class that writes event files.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    try:
+        return import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "execution.tensorboard needs TensorBoard: pip install 'tacit[tensorboard]', or set it to false"
+        ) from error
+
+
 class Logs:
     """Writes scalars round by round.
 
@@ -20,13 +34,7 @@ class Logs:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            writer = import_module("torch.utils.tensorboard").SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "execution.tensorboard needs TensorBoard: pip install 'tacit[tensorboard]', or set it to false"
-            ) from error
-        self._writer: Any = writer(str(folder))
+        self._writer = writer()(str(folder))
 
     def add(self, record: RoundRecord) -> None:
         """Write what the record has of a loss, accuracies, ε, bytes, clients and time."""

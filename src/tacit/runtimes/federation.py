@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacit.data.examples import Examples
-from tacit.errors import InputError, TooFewUpdates, TrainingError
+from tacit.errors import InputError, PeerError, TooFewUpdates, TrainingError
 from tacit.federated.algorithm import Algorithm, Memory, ServerState, Update
 from tacit.federated.central_privacy import CentralPrivacy
 from tacit.federated.devices import Fleet
-from tacit.federated.devices_schedule import RoundPolicy, Schedule, open_round, schedule
+from tacit.federated.devices_schedule import DROPPED, FAILED, RoundPolicy, Schedule, open_round, schedule
 from tacit.federated.evaluation import evaluate, evaluate_clients
-from tacit.federated.generators import generator_for
+from tacit.federated.generators import generator_for, seed_for
 from tacit.federated.history import ClientAccuracies, RoundRecord
 from tacit.federated.initial import Initial, initialise
 from tacit.federated.local.work import Loss
 from tacit.federated.privacy import PrivateTraining
+from tacit.federated.secure_sum.interface import Summed
+from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.selection import Selection
+from tacit.ring.prg import Prg
 from tacit.runtimes.executors import Executor, Job, Outcome
 
 FAILURES = 3
@@ -73,6 +76,7 @@ class Federation:
         algorithm: how clients train and how the server combines.
         selection: which clients are invited to a round.
         devices: simulated devices; ``None``: every client is always there, and takes no time.
+        secure_mean: sums the updates without showing the server any of them; ``None``: the server sees each.
         private: the training under differential privacy, whose algorithm takes the place of ``algorithm`` and whose
             solver, if it has one, the executor uses.
         seed: of the initial weights, the selection and the clients' shuffling.
@@ -92,6 +96,7 @@ class Federation:
         algorithm: Algorithm,
         selection: Selection,
         devices: Devices | None = None,
+        secure_mean: SecureMean | None = None,
         private: PrivateTraining | None = None,
         seed: int = 0,
         initial: Initial = "he",
@@ -105,11 +110,14 @@ class Federation:
         self._sizes = sizes
         self._algorithm = private.algorithm if private else algorithm
         self._private = private
+        self._secure_mean = secure_mean
         self._selection = selection if devices is None else devices.policy.invitation(selection, len(sizes))
         self._devices = devices
         self._seed = seed
         self._loss = loss
         self._snapshot = Snapshot(self._algorithm.init(self._model, len(sizes)), {})
+        if secure_mean is not None:
+            secure_mean.check(self._algorithm, self._snapshot.state)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -159,13 +167,15 @@ class Federation:
             plan, downloads = _without(plan, refused), downloads - len(refused)
         jobs = [Job(client, snapshot.memories.get(client, {})) for client in plan.finished]
         cohort = _Cohort(self._executor.run(self._algorithm, state, jobs, self._seed))
-        mean = None
-        # The noise that hides who took part is due also when nobody did.
-        if cohort or isinstance(self._algorithm, CentralPrivacy):
-            try:
+        mean, summed = None, None
+        try:
+            if self._secure_mean is not None:
+                mean, summed = self._summed(self._secure_mean, plan, cohort)
+            # The noise that hides who took part is due also when nobody did.
+            elif cohort or isinstance(self._algorithm, CentralPrivacy):
                 mean = self._algorithm.combine(cohort)
-            except TooFewUpdates as error:
-                note = str(error)
+        except (TooFewUpdates, PeerError) as error:
+            note = str(error)
         unused = {} if mean else dict.fromkeys(cohort.clients, "not used: the round failed")
         lost = dict(sorted({**plan.lost, **cohort.lost, **unused}.items()))
         if mean is None:
@@ -181,7 +191,7 @@ class Federation:
             loss=None,
             accuracy=None,
             bytes_up=mean.nbytes if mean else 0,
-            bytes_down=downloads * state.nbytes,
+            bytes_down=downloads * state.nbytes + (sum(summed.traffic.down.values()) if summed else 0),
             seconds=time.perf_counter() - started,
             train_loss=mean.loss if mean and cohort.clients else None,
             lost=lost,
@@ -189,6 +199,25 @@ class Federation:
             epsilon=self._private.spent().epsilon if self._private else None,
             note=note,
         )
+
+    def _summed(self, secure_mean: SecureMean, plan: Schedule, cohort: _Cohort) -> tuple[Update | None, Summed | None]:
+        """The cohort's mean by a secure sum, in which those who drop out of the round drop out of the protocol."""
+        dropped = [client for client, reason in plan.lost.items() if reason in (DROPPED, FAILED)]
+        clients = sorted([*plan.finished, *dropped])
+        if not clients:
+            noised = isinstance(self._algorithm, CentralPrivacy)
+            return self._algorithm.combine([]) if noised else None, None
+        state = self._snapshot.state
+        mean, summed = secure_mean.combine(
+            self._algorithm,
+            state,
+            self._sizes,
+            clients,
+            cohort.update_of,
+            lambda client: Prg(seed_for(self._seed, "round", state.round + 1, "client", client, "rounding")),
+        )
+        cohort.keep(summed)
+        return self._algorithm.combine([mean]), summed
 
     def _plan(self, number: int) -> tuple[Schedule, str]:
         """Who is invited, who of them finishes, and when the round is over; and why it could not begin, if so."""
@@ -244,21 +273,40 @@ class _Cohort:
         self.clients: list[int] = []
         self.lost: dict[int, str] = {}
         self.memories: dict[int, Memory] = {}
-        self._updates = self._usable(outcomes)
-        self._first = next(self._updates, None)
+        self._outcomes = self._usable(outcomes)
+        self._first = next(self._outcomes, None)
 
     def __bool__(self) -> bool:
         """Whether there is an update at all."""
         return bool(self.clients)
 
     def __iter__(self) -> Iterator[Update]:
-        if self._first is not None:
-            first, self._first = self._first, None
-            yield first
-            del first
-            yield from self._updates
+        while (outcome := self._next()) is not None:
+            update, outcome = outcome.update, None
+            if update is not None:
+                yield update
 
-    def _usable(self, outcomes: Iterator[Outcome]) -> Iterator[Update]:
+    def update_of(self, client: int) -> Update | None:
+        """The update of one client, if it has one; clients are asked in ascending order."""
+        while self._first is not None and self._first.client <= client:
+            outcome = self._next()
+            if outcome is not None and outcome.client == client:
+                return outcome.update
+        return None
+
+    def keep(self, summed: Summed) -> None:
+        """Only those count whose updates are in the sum."""
+        self.lost |= {client: reason for client, reason in summed.lost.items() if client in self.clients}
+        self.clients = [client for client in self.clients if client in summed.survivors]
+        self.memories = {client: memory for client, memory in self.memories.items() if client in summed.survivors}
+
+    def _next(self) -> Outcome | None:
+        outcome, self._first = self._first, None
+        if outcome is not None:
+            self._first = next(self._outcomes, None)
+        return outcome
+
+    def _usable(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
         for outcome in outcomes:
             if outcome.update is None:
                 self.lost[outcome.client] = outcome.reason
@@ -266,4 +314,4 @@ class _Cohort:
             self.clients.append(outcome.client)
             if outcome.memory:
                 self.memories[outcome.client] = outcome.memory
-            yield outcome.update
+            yield outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -24,10 +25,16 @@ from tacit.federated.local.plain import PlainSolver
 from tacit.federated.local.traced import solver_for
 from tacit.federated.local.work import LocalSolver, Loss
 from tacit.federated.privacy import Plan, Privacy, PrivacySpent, PrivateTraining
+from tacit.federated.secure_sum.client import Policy
+from tacit.federated.secure_sum.masked import MaskedSum
+from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.selection import Selection, Uniform
 from tacit.runtimes.executors import Executor
 from tacit.runtimes.federation import Devices, Federation
 from tacit.runtimes.forked import forked
+
+LEAST_PART = 0.6
+"""The part of the expected cohort that clients insist on before a secure sum reveals anything."""
 
 Solver = Literal["auto", "plain"]
 
@@ -93,6 +100,7 @@ def federate(
     target_accuracy: float | None = None,
     patience: int | None = None,
     devices: Devices | None = None,
+    secure_sum: Literal["masked"] | SecureMean | None = None,
     privacy: Privacy | None = None,
     ledger: Ledger | None = None,
     client_tests: Sequence[Examples] | None = None,
@@ -123,6 +131,9 @@ def federate(
         target_accuracy: stop after the first evaluation that reaches this fraction of correct answers.
         patience: stop after so many evaluations in a row without a new best accuracy.
         devices: simulated devices that the clients run on; the history then tells the virtual clock.
+        secure_sum: ``"masked"``: the server sees the sum of the cohort's updates and no single one, by the real
+            protocol between simulated clients, who insist on three fifths of the cohort; or a `SecureMean` with
+            settings of its own.
         privacy: differential privacy: `CentralDP` of whole clients, or `RecordDP` of single examples.
         ledger: where what is spent is written down; ``None``: a new one that ends with the run.
         client_tests: held-out examples of each client, for the history's accuracy at the clients.
@@ -159,6 +170,7 @@ def federate(
             algorithm=algorithm,
             selection=chosen,
             devices=devices,
+            secure_mean=secure_mean_for(secure_sum, sizes, chosen),
             private=private,
             seed=seed,
             initial=initial,
@@ -170,6 +182,26 @@ def federate(
                 on_round(record)
     spent = private.spent() if private else None
     return FederatedRun(federation.model().train(model.training), tuple(history), spent, notes)
+
+
+def secure_mean_for(
+    secure_sum: Literal["masked"] | SecureMean | None, sizes: torch.Tensor, selection: Selection
+) -> SecureMean | None:
+    """What `federate` says of ``secure_sum``."""
+    if secure_sum is None or isinstance(secure_sum, SecureMean):
+        return secure_sum
+    if secure_sum != "masked":
+        raise InputError(f"secure_sum={secure_sum!r}: choose 'masked', a SecureMean, or None")
+    return SecureMean(masked_sum(sizes, selection))
+
+
+def masked_sum(sizes: torch.Tensor, selection: Selection, minimum: int | None = None) -> MaskedSum:
+    """The masked sum among clients with identities of their own that know one another's.
+
+    They insist on ``minimum`` vectors in a sum, or on `LEAST_PART` of the expected cohort.
+    """
+    least = minimum or max(3, math.ceil(LEAST_PART * selection.expected(sizes)))
+    return MaskedSum.among(len(sizes), Policy(least))
 
 
 def executor_for(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tacit.errors import InputError, PeerError
+from tacit.errors import InputError, PeerError, TooFewUpdates
 from tacit.federated.secure_sum.agreement import DIGEST_BYTES, Identity
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
 from tacit.federated.secure_sum.interface import Summed, Traffic, VectorOf
@@ -166,10 +166,11 @@ class MaskedSum:
         """The settings of a new round.
 
         Raises:
-            InputError: the cohort is too small for the policy.
+            TooFewUpdates: the cohort is too small for the policy.
+            InputError: it is too small for any.
         """
         if len(cohort) < self.policy.minimum:
-            raise InputError(
+            raise TooFewUpdates(
                 f"a cohort of {len(cohort)} clients: their policy asks for {self.policy.minimum} vectors in a sum"
             )
         sharing = choose(len(cohort), self.policy.assumption)
