@@ -172,7 +172,8 @@ def test_a_folder_that_is_taken_or_no_run(tmp_path: Path) -> None:
         resume(tmp_path / "nothing")
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tacit.runs.folder.LOCK_PATIENCE", 0.2)
     run = tmp_path / "run"
     start(written(tmp_path), run)
     with RunFolder.open(run).locked(), pytest.raises(InputError, match="another process"):

@@ -19,17 +19,21 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tacit.errors import DataError, InputError
 from tacit.federated.history import ClientAccuracies, RoundRecord
+
+LOCK_PATIENCE = 5.0
+"""Seconds to wait for another process to let go of a run."""
 
 _COLUMNS = {
     "round": "INTEGER PRIMARY KEY",
@@ -126,10 +130,12 @@ class RunFolder:
             InputError: another process holds it.
         """
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"{self.path} is being trained by another process: wait for it or stop it") from error
+            # Workers of a training that was killed hold the lock for the moment that they take to notice.
+            deadline = time.monotonic() + LOCK_PATIENCE
+            while not _locks(file):
+                if time.monotonic() > deadline:
+                    raise InputError(f"{self.path} is being trained by another process: wait for it or stop it")
+                time.sleep(0.1)
             yield
 
     def append(self, record: RoundRecord) -> None:
@@ -180,6 +186,14 @@ class RunFolder:
             if new:
                 writer.writeheader()
             writer.writerows(rows)
+
+
+def _locks(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _row(record: RoundRecord) -> dict[str, Any]:
