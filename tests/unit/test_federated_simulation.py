@@ -186,7 +186,7 @@ def test_clients_without_examples_are_never_selected() -> None:
         ({"test": examples(0), "rounds": 10**9, "evaluate_every": 10**9}, "test has no examples"),
         ({"initial": "zeros"}, "initial='zeros'"),
         ({"processes": 0}, "processes=0: "),
-        ({"solver": "quick"}, "solver='quick': choose one of auto, plain"),
+        ({"solver": "quick"}, "solver='quick': choose one of auto, plain, stacked"),
         ({"cohort": None}, "give either cohort="),
         ({"patience": 0}, "patience=0: "),
     ],

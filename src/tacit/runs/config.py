@@ -247,7 +247,7 @@ class Execution(_Section, frozen=True):
     """What does the work on this machine, and what is left behind beside the history."""
 
     processes: int = 1
-    solver: Literal["auto", "plain"] = "auto"
+    solver: Literal["auto", "plain", "stacked"] = "auto"
     tensorboard: bool = False
 
 

@@ -87,7 +87,7 @@ class DpSgdSolver:
         anchor = work.parameters if work.anchor is None else work.anchor
         gradient = torch.empty_like(trained)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(torch.randint(2**32, (), generator=work.generator)))
+            torch.default_generator.manual_seed(work.layer_seed())
             for _ in range(event.times):
                 batch = examples.subset(poisson_batch(len(examples), event.sampling_rate, prg))
                 if len(batch):

@@ -31,7 +31,7 @@ class PlainSolver:
         total, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
         anchor = work.parameters if work.anchor is None else work.anchor
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(torch.randint(2**32, (), generator=work.generator)))
+            torch.default_generator.manual_seed(work.layer_seed())
             for batch in work.batches():
                 examples = work.examples.subset(batch)
                 loss = self._loss(model(examples.inputs), examples.targets)

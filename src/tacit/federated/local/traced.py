@@ -73,7 +73,7 @@ class TracedSolver:
         self._weights.copy_(work.parameters)
         for name, buffer in self._buffers.items():
             buffer.copy_(work.buffers[name])
-        seed = int(torch.randint(2**32, (), generator=work.generator))
+        seed = work.layer_seed()
         with torch.inference_mode():
             total, seen, steps = self._descend(work, seed)
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}

@@ -48,6 +48,10 @@ class LocalWork:
     anchor: Tensor | None = None
     correction: Tensor | None = None
 
+    def layer_seed(self) -> int:
+        """A seed for layers that draw random numbers (dropout); every solver draws it once, before the batches."""
+        return int(torch.randint(2**32, (), generator=self.generator))
+
     def batches(self) -> Iterator[Tensor]:
         """Indices of each batch: every epoch a new shuffle, cut into batches, the last of which may be smaller."""
         examples = len(self.examples)
