@@ -23,6 +23,7 @@ from tacit.federated.secure_sum.interface import PlainSum
 from tacit.federated.secure_sum.masked import MaskedSum
 from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.secure_sum.server import Stage
+from tacit.federated.secure_sum.shared import SharedSum
 from tacit.runtimes.federation import Devices
 from tacit.runtimes.simulation import FederatedRun
 
@@ -73,15 +74,21 @@ def test_a_masked_run_is_the_plain_run_to_the_rounding(algorithm: FedAvg) -> Non
 
 
 def test_masks_leave_no_trace_in_the_sum() -> None:
-    runs = [run(secure_sum=SecureMean(protocol, CLIP)) for protocol in (PlainSum(), MaskedSum.among(6, Policy(3)))]
+    runs = [
+        run(secure_sum=SecureMean(protocol, CLIP))
+        for protocol in (PlainSum(), MaskedSum.among(6, Policy(3)), SharedSum.among(6, 3))
+    ]
     assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert torch.equal(weights(runs[0]), weights(runs[2]))
     again = run(secure_sum=SecureMean(MaskedSum.among(6, Policy(3)), CLIP), processes=2)
     assert torch.equal(weights(runs[1]), weights(again))
 
 
-def test_by_name() -> None:
-    masked = run(secure_sum="masked")
-    torch.testing.assert_close(weights(masked), weights(run()), rtol=0, atol=5e-3)
+@pytest.mark.parametrize("protocol", ["masked", "shared"])
+def test_by_name(protocol: str) -> None:
+    secure = run(secure_sum=protocol)
+    torch.testing.assert_close(weights(secure), weights(run()), rtol=0, atol=5e-3)
+    assert [record.cohort for record in secure.history] == [record.cohort for record in run().history]
 
 
 def test_clients_that_drop_out_of_the_protocol_are_recovered_and_named() -> None:

@@ -1,7 +1,8 @@
 """A secure sum timed client by client in one process: the real protocol and its real frames, without a network.
 
-Seconds are of one core (``time.process_time``). Clients that drop out do so at the costliest moment, after their
-secrets are shared and before their vector arrives, so that the server has to rebuild the masks they left behind.
+Seconds are of one core (``time.process_time``). Clients of the masked sum that drop out do so at the costliest moment,
+after their secrets are shared and before their vector arrives, so that the server has to rebuild the masks they left
+behind. The shared sum's server seconds are alice's and bob's together, and the crypto provider's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tacit.bench.measuring import inputs_of, versions
@@ -20,10 +21,12 @@ from tacit.federated.secure_sum.masked import MaskedSum, Meter, run_round
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.ring import Ring, Words
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.federated.secure_sum.shared import SharedSum
+from tacit.federated.secure_sum.shared_bounds import norm_bound
 from tacit.ring.prg import Prg
 from tacit.runtimes.executors import one_thread
 
-PROTOCOLS = ("masked",)
+PROTOCOLS = ("masked", "shared", "shared-verified")
 _SCALARS = (Scalar("weight", 1e6), Scalar("loss", 1e6, 2.0**-10))
 
 
@@ -32,13 +35,14 @@ class SecureSumFigures:
     """The figures of one benchmark.
 
     Args:
-        holders: k, clients that hold shares of a client's secrets.
-        threshold: t, how many of them it takes.
+        holders: k, clients that hold shares of a client's secrets; none in a shared sum.
+        threshold: t, how many of them it takes; likewise.
         ring_bits: b of the ring Z/2^b, and bits a parameter in the upload.
         client_cpu_s: mean over the clients that finished, all stages; the rounding to integers apart.
         client_max_cpu_s: the largest.
         encode_cpu_s: mean of the rounding to integers.
-        server_cpu_s: all stages.
+        server_cpu_s: all stages, all servers.
+        server_cpu_s_per_client: the same over the clients that finished.
         upload_bytes_per_client: mean of all frames of a client that finished.
         download_bytes_per_client: mean of all frames to it, the model apart.
         exact: whether the sum equals the plain sum of the finishers' integers, word for word.
@@ -58,6 +62,7 @@ class SecureSumFigures:
     client_max_cpu_s: float
     encode_cpu_s: float
     server_cpu_s: float
+    server_cpu_s_per_client: float
     upload_bytes_per_client: float
     upload_bytes_per_param: float
     download_bytes_per_client: float
@@ -98,35 +103,86 @@ def measure_secure_sum(
     if params < 1 or not 0 <= dropout < 0.5:
         raise InputError(f"params is {params} and dropout is {dropout}: at least 1, and a fraction in [0, 0.5)")
     with one_thread():
-        return _Masked(clients, params, dropout, lying_server, progress).run()
+        if protocol == "masked":
+            return _Masked(clients, params, dropout, lying_server, progress).run()
+        return _shared(_Vectors(clients, params, dropout, progress), protocol == "shared-verified")
+
+
+class _Vectors:
+    """The clients' vectors, made when they are asked for, and their plain sum."""
+
+    def __init__(self, n: int, params: int, dropout: float, progress: Callable[[str], None]) -> None:
+        self.n, self.dropout, self._progress = n, dropout, progress
+        self.encoding = Encoding(params, clip=1.0, clients=n, scalars=_SCALARS)
+        self.dropped = {i for i in range(n) if int((i + 1) * dropout) > int(i * dropout)}
+        self.plain = self.encoding.ring.zeros(self.encoding.length)
+        base = inputs_of((params,)) - 0.5
+        # Of length 1 at most, as an update is that was clipped to the largest magnitude of an entry.
+        self._base = base / base.norm()
+        self.encode_seconds: list[float] = []
+
+    def of(self, client: int) -> Words:
+        """A client's residues, which count as summed."""
+        prg = Prg.fresh()
+        vector = self._base * (2 * client / self.n - 1)
+        began = time.process_time()
+        words = self.encoding.encode(vector, (client + 1, client * 0.5), prg).words
+        self.encode_seconds.append(time.process_time() - began)
+        self.plain += words
+        self._progress(f"client {client + 1} of {self.n} sends its vector")
+        return words
+
+
+def _shared(vectors: _Vectors, verified: bool) -> SecureSumFigures:
+    """One round of the shared sum."""
+    encoding, n = vectors.encoding, vectors.n
+    _compile(encoding.ring)
+    meter = Meter(time.process_time)
+    sums = replace(SharedSum.among(n, max(3, n // 2), norm_bound(encoding, 1.0) if verified else 0), meter=meter)
+    summed = sums.sum(
+        encoding.ring, encoding.length, range(n), lambda i: None if i in vectors.dropped else vectors.of(i)
+    )
+    exact = bool((summed.total == encoding.ring.reduce_(vectors.plain)).all())
+    seconds = [meter.client_seconds[client] for client in summed.survivors]
+    up = statistics.mean(summed.traffic.up[client] for client in summed.survivors)
+    return SecureSumFigures(
+        protocol="shared-verified" if verified else "shared",
+        clients=n,
+        params=encoding.size,
+        dropout=vectors.dropout,
+        dropped=len(vectors.dropped),
+        lying_server=False,
+        holders=0,
+        threshold=0,
+        ring_bits=encoding.ring.bits,
+        client_cpu_s=statistics.mean(seconds),
+        client_max_cpu_s=max(seconds),
+        encode_cpu_s=statistics.mean(vectors.encode_seconds),
+        server_cpu_s=meter.server_seconds,
+        server_cpu_s_per_client=meter.server_seconds / len(seconds),
+        upload_bytes_per_client=up,
+        upload_bytes_per_param=up / encoding.size,
+        download_bytes_per_client=0.0,
+        exact=exact,
+        recovered=exact and set(summed.lost) == vectors.dropped,
+        threads=1,
+        versions=versions(),
+    )
 
 
 class _Masked:
     def __init__(self, n: int, params: int, dropout: float, lying: bool, progress: Callable[[str], None]) -> None:
-        self._dropout, self._lying, self._progress = dropout, lying, progress
+        self._lying, self._vectors = lying, _Vectors(n, params, dropout, progress)
         assumption = Assumption(0.1, max(0.1, dropout), True) if lying else Assumption(0.2, max(0.1, dropout), False)
-        self._encoding = Encoding(params, clip=1.0, clients=n, scalars=_SCALARS)
         self._sum = MaskedSum.among(n, Policy(max(3, n // 2), assumption))
-        self._invite = self._sum.invitation(self._encoding.ring, self._encoding.length, range(n))
-        self._dropped = {i for i in range(n) if int((i + 1) * dropout) > int(i * dropout)}
-        self._plain = self._encoding.ring.zeros(self._encoding.length)
-        self._base = inputs_of((params,)) - 0.5
-        self._encode_seconds: list[float] = []
-
-    def _vector(self, client: int) -> Words:
-        n, prg = len(self._invite.identities), Prg.fresh()
-        vector = self._base * (2 * client / n - 1)
-        began = time.process_time()
-        words = self._encoding.encode(vector, (client + 1, client * 0.5), prg).words
-        self._encode_seconds.append(time.process_time() - began)
-        self._plain += words
-        self._progress(f"client {client + 1} of {n} masks its vector")
-        return words
+        encoding = self._vectors.encoding
+        self._invite = self._sum.invitation(encoding.ring, encoding.length, range(n))
 
     def run(self) -> SecureSumFigures:
         """One round."""
-        _compile(self._encoding.ring)
-        policy, task = self._sum.policy, Task(self._encoding.ring, self._encoding.length)
+        vectors, encoding = self._vectors, self._vectors.encoding
+        _compile(encoding.ring)
+        policy, task = self._sum.policy, Task(encoding.ring, encoding.length)
         pinned = frozenset(self._invite.identities)
         meter = Meter(time.process_time)
         members: list[MaskedClient] = []
@@ -136,32 +192,33 @@ class _Masked:
         outcome = run_round(
             MaskedServer(self._invite),
             members,
-            self._vector,
-            lambda client, stage: stage is Stage.MASK and client in self._dropped,
+            vectors.of,
+            lambda client, stage: stage is Stage.MASK and client in vectors.dropped,
             meter,
         )
-        exact = bool((outcome.total == self._encoding.ring.reduce_(self._plain)).all())
+        exact = bool((outcome.total == encoding.ring.reduce_(vectors.plain)).all())
         seconds = [meter.client_seconds[client] for client in outcome.survivors]
         up = statistics.mean(meter.up[client] for client in outcome.survivors)
         return SecureSumFigures(
             protocol="masked",
             clients=len(members),
-            params=self._encoding.size,
-            dropout=self._dropout,
-            dropped=len(self._dropped),
+            params=encoding.size,
+            dropout=vectors.dropout,
+            dropped=len(vectors.dropped),
             lying_server=self._lying,
             holders=self._invite.holders,
             threshold=self._invite.threshold,
             ring_bits=self._invite.bits,
             client_cpu_s=statistics.mean(seconds),
             client_max_cpu_s=max(seconds),
-            encode_cpu_s=statistics.mean(self._encode_seconds),
+            encode_cpu_s=statistics.mean(vectors.encode_seconds),
             server_cpu_s=meter.server_seconds,
+            server_cpu_s_per_client=meter.server_seconds / len(seconds),
             upload_bytes_per_client=up,
-            upload_bytes_per_param=up / self._encoding.size,
+            upload_bytes_per_param=up / encoding.size,
             download_bytes_per_client=statistics.mean(meter.down[client] for client in outcome.survivors),
             exact=exact,
-            recovered=exact and set(outcome.lost) == self._dropped,
+            recovered=exact and set(outcome.lost) == vectors.dropped,
             threads=1,
             versions=versions(),
         )

@@ -92,8 +92,8 @@ def secure_sum(
     )
     console.print(
         f"A client sends {result.upload_bytes_per_client:,.0f} bytes, {result.upload_bytes_per_param:.2f} a parameter "
-        f"in a ring of {result.ring_bits} bits, and receives {result.download_bytes_per_client:,.0f}; "
-        f"{result.holders} holders, threshold {result.threshold}."
+        f"in a ring of {result.ring_bits} bits, and receives {result.download_bytes_per_client:,.0f}"
+        + (f"; {result.holders} holders, threshold {result.threshold}." if result.holders else ".")
     )
     if as_json:
         print(json.dumps(result.as_dict()))

@@ -3,7 +3,8 @@
 An event records a mechanism that really ran, nothing that was hoped for: Poisson sampling is written down only where
 each member was taken independently with the stated probability. How events are accounted is `dp_accounting`'s business:
 by Rényi differential privacy (Mironov 2017; Mironov, Talwar and Zhang 2019 for the sampled Gaussian) or, tighter and
-slower, by privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022).
+slower, by privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022). The Rényi divergences of integer
+noise come from `tacit.dp.distributed`.
 
 `dp_accounting` is imported when it is first asked: it brings SciPy with it.
 """
@@ -21,6 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from tacit.dp.distributed import DiscreteGaussianSum, SkellamSum
 from tacit.errors import InputError
 
 Accountant = Literal["rdp", "pld"]
@@ -53,7 +55,8 @@ class SampledGaussian(msgspec.Struct, frozen=True, tag="sampled-gaussian", forbi
             raise InputError(f"times={self.times}: an event happened at least once")
 
 
-Event = SampledGaussian
+NoisedSum = SkellamSum | DiscreteGaussianSum
+Event = SampledGaussian | NoisedSum
 
 
 class Budget(msgspec.Struct, frozen=True):
@@ -91,17 +94,26 @@ def privacy_spent(events: Iterable[Event], delta: float, accountant: Accountant 
     Args:
         events: what was run on data that the same member may be part of.
         delta: δ.
-        accountant: ``"rdp"``, 10–20 ms for each new kind of event; ``"pld"``, an ε some 10 % lower in 0.1–3 s a call.
+        accountant: ``"rdp"``, 10–20 ms for each new kind of event; ``"pld"``, an ε some 10 % lower in 0.1–3 s a call,
+            for Gaussian events alone.
 
     Raises:
-        InputError: δ or the accountant is not one.
+        InputError: δ or the accountant is not one, or the accountant does not know one of the events.
     """
     check_delta(delta)
     if accountant not in get_args(Accountant):
         raise InputError(f"accountant={accountant!r}: choose one of {', '.join(get_args(Accountant))}")
     sampled: Counter[tuple[float, float]] = Counter()
     unsampled = 0.0
+    sums: Counter[NoisedSum] = Counter()
     for event in events:
+        if not isinstance(event, SampledGaussian):
+            if accountant != "rdp":
+                raise InputError(f"accountant={accountant!r} does not know sums with integer noise: choose 'rdp'")
+            if not event.private:
+                return math.inf
+            sums[msgspec.structs.replace(event, times=1)] += event.times
+            continue
         if event.noise_multiplier == 0:
             return math.inf
         if event.sampling_rate < 1:
@@ -112,7 +124,8 @@ def privacy_spent(events: Iterable[Event], delta: float, accountant: Accountant 
     if unsampled:
         # Gaussian mechanisms on the same data are exactly one, of which the inverse squares of the multipliers add up.
         kinds.append((unsampled**-0.5, 1.0, 1))
-    return _spent(tuple(kinds), delta, accountant) if kinds else 0.0
+    noised = tuple(sorted(sums.items(), key=repr))
+    return _spent(tuple(kinds), noised, delta, accountant) if kinds or noised else 0.0
 
 
 def noise_for(
@@ -127,27 +140,46 @@ def noise_for(
     """
     Budget(target_epsilon, delta)
 
-    def excess(noise: float, how: Accountant) -> float:
-        return privacy_spent([SampledGaussian(noise, sampling_rate, times)], delta, how) - target_epsilon
+    def spent(noise: float, how: Accountant = "rdp") -> float:
+        return privacy_spent([SampledGaussian(noise, sampling_rate, times)], delta, how)
 
-    most = 1.0
-    while excess(most, "rdp") > 0:
-        most *= 2
-        if most > _LARGEST_NOISE:
-            raise InputError(
-                f"target_epsilon={target_epsilon} at delta={delta} over {times} releases asks for noise of over "
-                f"{_LARGEST_NOISE:g} times the bound, in which nothing is left: allow a larger epsilon"
-            )
-    while most > _SMALLEST_NOISE and excess(most / 2, "rdp") <= 0:
-        most /= 2
-    most = _least(lambda noise: excess(noise, "rdp"), most / 2, most)
+    most = least_noise(spent, target_epsilon)
     if accountant == "pld":
         # What Rényi accounting allows, loss distributions allow too.
-        most = _least(lambda noise: excess(noise, "pld"), 0.6 * most, most)
+        most = _least(lambda noise: spent(noise, "pld") - target_epsilon, 0.6 * most, most)
     return most
 
 
-def dp_event(event: Event) -> Any:
+def least_noise(spent: Callable[[float], float], target_epsilon: float) -> float:
+    """The least noise multiplier that stays within a target, or up to 10⁻⁴ of it more.
+
+    Multipliers below 0.016 are not looked at.
+
+    Args:
+        spent: the ε of a multiplier, the less the larger it is.
+        target_epsilon: what it has to be within.
+
+    Raises:
+        InputError: only absurd noise reaches the target.
+    """
+
+    def excess(noise: float) -> float:
+        return spent(noise) - target_epsilon
+
+    most = 1.0
+    while excess(most) > 0:
+        most *= 2
+        if most > _LARGEST_NOISE:
+            raise InputError(
+                f"target_epsilon={target_epsilon} asks for noise of over {_LARGEST_NOISE:g} times the bound, in which "
+                "nothing is left: allow a larger epsilon, or release less often"
+            )
+    while most > _SMALLEST_NOISE and excess(most / 2) <= 0:
+        most /= 2
+    return _least(excess, most / 2, most)
+
+
+def dp_event(event: SampledGaussian) -> Any:
     """``event`` as `dp_accounting` writes it."""
     library = import_module("dp_accounting")
     once = library.GaussianDpEvent(event.noise_multiplier)
@@ -157,7 +189,12 @@ def dp_event(event: Event) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _spent(kinds: tuple[tuple[float, float, int], ...], delta: float, accountant: Accountant) -> float:
+def _spent(
+    kinds: tuple[tuple[float, float, int], ...],
+    sums: tuple[tuple[NoisedSum, int], ...],
+    delta: float,
+    accountant: Accountant,
+) -> float:
     events = [SampledGaussian(*kind) for kind in kinds]
     if accountant == "pld":
         if [rate for _, rate, _ in kinds] == [1.0]:
@@ -167,7 +204,8 @@ def _spent(kinds: tuple[tuple[float, float, int], ...], delta: float, accountant
         for event in events:
             loss.compose(dp_event(event))
         return float(loss.get_epsilon(delta))
-    total = sum(event.times * _curve(event.noise_multiplier, event.sampling_rate) for event in events)
+    total = sum((event.times * _curve(event.noise_multiplier, event.sampling_rate) for event in events), 0 * _orders())
+    total = total + sum(times * _noised_curve(event) for event, times in sums)
     epsilon, _ = import_module("dp_accounting.rdp").compute_epsilon(_orders(), total, delta)
     return float(epsilon)
 
@@ -185,6 +223,12 @@ def _curve(noise_multiplier: float, sampling_rate: float) -> NDArray[np.float64]
     finally:
         log.set_verbosity(said)
     return np.asarray(accountant.rdp)
+
+
+@lru_cache(maxsize=4096)
+def _noised_curve(event: NoisedSum) -> NDArray[np.float64]:
+    """The Rényi divergences of one noised sum, order by order."""
+    return event.divergences(_orders())
 
 
 @cache

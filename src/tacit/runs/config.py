@@ -225,7 +225,7 @@ class TopK(_Section, tag="topk", tag_field="scheme", frozen=True):
 class SecureSum(_Section, frozen=True):
     """The server sees the sum of the updates, and no single one."""
 
-    protocol: Literal["masked"] = "masked"
+    protocol: Literal["masked", "shared"] = "masked"
     clip: float = 1.0
     bits: int = 16
     minimum: int | None = None

@@ -29,7 +29,7 @@ from tacit.runs.listing import flat
 from tacit.runtimes.asynchronous import AsynchronousFederation
 from tacit.runtimes.executors import Executor
 from tacit.runtimes.federation import Devices, Federation
-from tacit.runtimes.simulation import Evaluation, example_counts, executor_for, masked_sum, privacy_plan
+from tacit.runtimes.simulation import Evaluation, example_counts, executor_for, privacy_plan, sum_protocol
 
 LOSS = functional.cross_entropy
 """All data sets of a config are classified."""
@@ -102,7 +102,7 @@ class Experiment:
         section = self.config.secure_sum
         if section is None:
             return None
-        return SecureMean(masked_sum(sizes, selection, section.minimum), section.clip, section.bits)
+        return SecureMean(sum_protocol(section.protocol, sizes, selection, section.minimum), section.clip, section.bits)
 
     def _asynchronous(
         self, algorithm: FedBuff, executor: Executor, sizes: Tensor, devices: Devices | None

@@ -26,14 +26,17 @@ from tacit.federated.local.traced import solver_for
 from tacit.federated.local.work import LocalSolver, Loss
 from tacit.federated.privacy import Plan, Privacy, PrivacySpent, PrivateTraining
 from tacit.federated.secure_sum.client import Policy
+from tacit.federated.secure_sum.interface import SecureSum
 from tacit.federated.secure_sum.masked import MaskedSum
 from tacit.federated.secure_sum.mean import SecureMean
+from tacit.federated.secure_sum.shared import SharedSum
 from tacit.federated.selection import Selection, Uniform
 from tacit.runtimes.executors import Executor
 from tacit.runtimes.federation import Devices, Federation
 from tacit.runtimes.forked import forked
 from tacit.runtimes.grouped import Grouped, StackedSolver
 
+SumProtocol = Literal["masked", "shared"]
 LEAST_PART = 0.6
 """The part of the expected cohort that clients insist on before a secure sum reveals anything."""
 
@@ -101,7 +104,7 @@ def federate(
     target_accuracy: float | None = None,
     patience: int | None = None,
     devices: Devices | None = None,
-    secure_sum: Literal["masked"] | SecureMean | None = None,
+    secure_sum: SumProtocol | SecureMean | None = None,
     privacy: Privacy | None = None,
     ledger: Ledger | None = None,
     client_tests: Sequence[Examples] | None = None,
@@ -133,8 +136,8 @@ def federate(
         patience: stop after so many evaluations in a row without a new best accuracy.
         devices: simulated devices that the clients run on; the history then tells the virtual clock.
         secure_sum: ``"masked"``: the server sees the sum of the cohort's updates and no single one, by the real
-            protocol between simulated clients, who insist on three fifths of the cohort; or a `SecureMean` with
-            settings of its own.
+            protocol between simulated clients, who insist on three fifths of the cohort; ``"shared"``: so do two
+            servers that hold shares; or a `SecureMean` with settings of its own.
         privacy: differential privacy: `CentralDP` of whole clients, or `RecordDP` of single examples.
         ledger: where what is spent is written down; ``None``: a new one that ends with the run.
         client_tests: held-out examples of each client, for the history's accuracy at the clients.
@@ -187,23 +190,25 @@ def federate(
 
 
 def secure_mean_for(
-    secure_sum: Literal["masked"] | SecureMean | None, sizes: torch.Tensor, selection: Selection
+    secure_sum: SumProtocol | SecureMean | None, sizes: torch.Tensor, selection: Selection
 ) -> SecureMean | None:
     """What `federate` says of ``secure_sum``."""
     if secure_sum is None or isinstance(secure_sum, SecureMean):
         return secure_sum
-    if secure_sum != "masked":
-        raise InputError(f"secure_sum={secure_sum!r}: choose 'masked', a SecureMean, or None")
-    return SecureMean(masked_sum(sizes, selection))
+    return SecureMean(sum_protocol(secure_sum, sizes, selection))
 
 
-def masked_sum(sizes: torch.Tensor, selection: Selection, minimum: int | None = None) -> MaskedSum:
-    """The masked sum among clients with identities of their own that know one another's.
+def sum_protocol(name: SumProtocol, sizes: torch.Tensor, selection: Selection, minimum: int | None = None) -> SecureSum:
+    """A secure sum among clients with identities of their own that know one another's.
 
     They insist on ``minimum`` vectors in a sum, or on `LEAST_PART` of the expected cohort.
     """
     least = minimum or max(3, math.ceil(LEAST_PART * selection.expected(sizes)))
-    return MaskedSum.among(len(sizes), Policy(least))
+    if name == "masked":
+        return MaskedSum.among(len(sizes), Policy(least))
+    if name == "shared":
+        return SharedSum.among(len(sizes), least)
+    raise InputError(f"secure_sum={name!r}: choose one of {', '.join(get_args(SumProtocol))}, a SecureMean, or None")
 
 
 def executor_for(

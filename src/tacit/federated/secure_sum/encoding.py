@@ -93,7 +93,7 @@ class Encoding:
         clients: n, the most clients whose vectors are summed.
         bits: q, bits of one client's entry, sign included, from 2 to 24.
         scalars: what follows the vector.
-        headroom: the largest magnitude that noise may add to one client's entry, in units of 1/s.
+        headroom: the largest magnitude of the noise in an entry of the sum, over ``clients``, in units of 1/s.
 
     Raises:
         InputError: a setting is out of range, or the sum would need more than 32 bits.

@@ -94,17 +94,25 @@ class Ring:
         kernels.pack(words, self.bits, packed)
         return packed
 
+    def require_packed(self, packed: Packed, length: int) -> None:
+        """Check packed residues that came from elsewhere.
+
+        Raises:
+            CodecError: not ``length`` of them, or unused bits are not zero.
+        """
+        if packed.shape != (self.packed_size(length),):
+            raise CodecError(f"{len(packed)} words of 32 bits came, {self.packed_size(length)} were expected")
+        spare = 32 * len(packed) - self.bits * length
+        if spare and int(packed[-1]) >> (32 - spare):
+            raise CodecError("the unused bits of the last word of a packed vector are not zero")
+
     def add_packed(self, packed: Packed, words: Words) -> None:
         """Add packed residues to ``words``, in place.
 
         Raises:
             CodecError: not as many as ``words``, or unused bits are not zero.
         """
-        if packed.shape != (self.packed_size(len(words)),):
-            raise CodecError(f"{len(packed)} words of 32 bits came, {self.packed_size(len(words))} were expected")
-        spare = 32 * len(packed) - self.bits * len(words)
-        if spare and int(packed[-1]) >> (32 - spare):
-            raise CodecError("the unused bits of the last word of a packed vector are not zero")
+        self.require_packed(packed, len(words))
         kernels = load(_KERNELS)
         if kernels is None:
             words += unpack_plainly(packed, self.bits, len(words)).astype(self.dtype)

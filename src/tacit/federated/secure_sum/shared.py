@@ -1,0 +1,116 @@
+"""The shared sum in one process: the real clients, servers and protocols, moved by hand.
+
+`SharedSum` is a `tacit.federated.secure_sum.interface.SecureSum`; docs/spec/shared-sum.md says what crosses between
+the parties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tacit.errors import InputError
+from tacit.federated.secure_sum.agreement import DIGEST_BYTES, Identity, KeyPair
+from tacit.federated.secure_sum.client import Task
+from tacit.federated.secure_sum.interface import Summed, Traffic, VectorOf
+from tacit.federated.secure_sum.masked import Meter
+from tacit.federated.secure_sum.messages import ROUND_BYTES
+from tacit.federated.secure_sum.ring import Ring
+from tacit.federated.secure_sum.shared_client import SharedPolicy, upload
+from tacit.federated.secure_sum.shared_messages import Terms, check_terms
+from tacit.federated.secure_sum.shared_server import Noise, SharedServer, total_of
+from tacit.mpc.lockstep import Trio
+from tacit.mpc.steps import Role
+from tacit.ring.prg import Prg
+
+TOO_LONG = "its vector is longer than the bound allows"
+BATCH = 32
+"""Clients whose vectors are checked together: the rows of the projection are expanded once for all of them."""
+
+
+def settle(alice: SharedServer, bob: SharedServer, trio: Trio) -> tuple[int, ...]:
+    """Let the two servers finish what waits at both.
+
+    Returns:
+        The clients that were excluded, ascending.
+    """
+    common = alice.common(bob.claims)
+    if not alice.terms.bound or not common:
+        for server in (alice, bob):
+            server.settle(common, [True] * len(common))
+        return ()
+    answers = trio.run(alice.check(common), bob.check(common))
+    for server, accepted in zip((alice, bob), answers, strict=True):
+        server.settle(common, accepted)
+    return tuple(number for number, good in zip(common, answers[0], strict=True) if not good)
+
+
+@dataclass(frozen=True)
+class SharedSum:
+    """Secure aggregation by two servers that do not collude; see docs/spec/shared-sum.md.
+
+    Args:
+        identities: of all the clients there are, by index.
+        minimum: the fewest vectors in a sum, at least 3.
+        bound: B, the largest L2 norm of a client's vector of integers, verified on shares (see
+            `tacit.federated.secure_sum.shared_bounds`, and `norm_bound` there); 0 to verify nothing.
+        noise: what alice and bob each add to the sum, as integers; the encoding's headroom, times its clients, must
+            hold both.
+        application: a digest of what the sums are about, 32 bytes.
+        meter: what is told of times and bytes, by index of the client.
+    """
+
+    identities: tuple[Identity, ...] = field(repr=False)
+    minimum: int
+    bound: int = 0
+    noise: Noise | None = None
+    application: bytes = bytes(DIGEST_BYTES)
+    meter: Meter = field(default_factory=Meter, repr=False, compare=False)
+
+    @classmethod
+    def among(cls, clients: int, minimum: int, bound: int = 0) -> SharedSum:
+        """Clients with new identities."""
+        return cls(tuple(Identity.fresh() for _ in range(clients)), minimum, bound)
+
+    def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf) -> Summed:
+        """See `tacit.federated.secure_sum.interface.SecureSum.sum`.
+
+        A client that is lost before it has a vector costs nothing. Those whose vectors are beyond the bound are among
+        the lost; nobody has seen their vectors.
+        """
+        if len(set(cohort)) != len(cohort) or not all(0 <= client < len(self.identities) for client in cohort):
+            raise InputError(f"the cohort names a client twice or one that is not among the {len(self.identities)}")
+        pairs = {role: KeyPair(Prg.fresh()) for role in Role}
+        terms = Terms(
+            round=Prg.fresh().bytes(ROUND_BYTES),
+            identities=tuple(self.identities[client].public for client in cohort),
+            alice=pairs[Role.ALICE].public,
+            bob=pairs[Role.BOB].public,
+            length=length,
+            bits=ring.bits,
+            minimum=self.minimum,
+            bound=self.bound,
+            application=self.application,
+        )
+        check_terms(terms)
+        alice, bob = (SharedServer(role, terms, pairs[role]) for role in Role)
+        policy = SharedPolicy(self.minimum, terms.alice, terms.bob)
+        policy.require(terms, Task(ring, length, self.application))
+        trio, up, lost = Trio(), dict[int, int](), dict[int, str]()
+        for number, client in enumerate(cohort):
+            words = vector_of(client)
+            if words is None:
+                lost[client] = "no vector"
+                continue
+            with self.meter.client(client):
+                parts = upload(terms, number, self.identities[client], words, Prg.fresh())
+            up[client] = len(parts.alice) + len(parts.bob)
+            with self.meter.server():
+                alice.receive(parts.alice)
+                bob.receive(parts.bob)
+                if len(alice.claims) == BATCH:
+                    lost |= {cohort[i]: TOO_LONG for i in settle(alice, bob, trio)}
+        with self.meter.server():
+            lost |= {cohort[i]: TOO_LONG for i in settle(alice, bob, trio)}
+            total = total_of(terms, alice.reveal(self.noise), bob.reveal(self.noise))
+        return Summed(total, tuple(sorted(cohort[i] for i in alice.summed)), lost, Traffic(up, {}))
