@@ -1,6 +1,7 @@
 """Federated runs whose server sees sums only."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from tacit.federated.fedprox import FedProx
 from tacit.federated.robust import coordinate_median
 from tacit.federated.scaffold import Scaffold
 from tacit.federated.secure_sum.client import Policy
-from tacit.federated.secure_sum.interface import PlainSum
+from tacit.federated.secure_sum.interface import PlainSum, Summed, VectorOf
 from tacit.federated.secure_sum.masked import MaskedSum
 from tacit.federated.secure_sum.mean import SecureMean
+from tacit.federated.secure_sum.ring import Ring, Words
 from tacit.federated.secure_sum.server import Stage
 from tacit.federated.secure_sum.shared import SharedSum
 from tacit.runtimes.federation import Devices
@@ -136,6 +138,27 @@ def test_central_privacy_over_a_masked_sum() -> None:
     masked = run(privacy=private, secure_sum=SecureMean(MaskedSum.among(6, Policy(3)), 0.1, 20))
     torch.testing.assert_close(weights(masked), weights(plain), rtol=0, atol=1e-4)
     assert masked.privacy_spent == plain.privacy_spent
+    with pytest.raises(InputError, match=r"may add .* to the norm of an update that is clipped to 0\.1"):
+        run(privacy=private, secure_sum=SecureMean(MaskedSum.among(6, Policy(3)), 1.0, 4))
+
+
+def test_rounding_never_takes_an_update_beyond_the_bound_of_its_noise() -> None:
+    class Watching(PlainSum):
+        def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf) -> Summed:
+            def watched(client: int) -> Words | None:
+                words = vector_of(client)
+                assert words is not None
+                norms.append(float(torch.from_numpy(ring.signed(words)[:21] * unit).norm()))
+                return words
+
+            return super().sum(ring, length, cohort, watched)
+
+    norms: list[float] = []
+    unit = 0.1 / (2**7 - 1)
+    private = CentralDP(clip=0.1, delta=1e-3, noise_multiplier=0.5, noise_seed=3)
+    run(privacy=private, secure_sum=SecureMean(Watching(), 0.1, 8), cohort=6, rounds=5)
+    assert len(norms) == 30
+    assert 0.09 < max(norms) <= 0.1
 
 
 @pytest.mark.parametrize(

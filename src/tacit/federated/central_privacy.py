@@ -104,7 +104,7 @@ class CentralPrivacy:
                 f"{self.inner} sends {', '.join(update.extra)} beside the model's update, which no noise would cover: "
                 "choose an algorithm that sends the update alone, such as FedAvg or FedProx"
             )
-        bound = _bound(state)
+        bound = bound_of(state)
         extra = {}
         if self.adaptive is not None:
             extra[_WITHIN] = torch.tensor(0.5 if norm(update.delta) <= bound else -0.5, dtype=torch.float64)
@@ -130,7 +130,7 @@ class CentralPrivacy:
     def server_update(self, state: ServerState, mean: Update) -> ServerState:
         """Add the noise and apply the result; each round's noise is drawn once, here."""
         prg = Prg.fresh() if self.noise_seed is None else seeded(self.noise_seed).derive("central", state.round)
-        bound, multiplier = _bound(state), self.noise_multiplier
+        bound, multiplier = bound_of(state), self.noise_multiplier
         if self.adaptive is not None:
             multiplier = self.adaptive.update_noise_multiplier(multiplier, self.expected_cohort)
         delta = mean.delta.clone() if mean.delta.numel() else torch.zeros_like(state.parameters)
@@ -158,7 +158,8 @@ def wrapped(algorithm: Algorithm) -> Iterable[Algorithm]:
             yield from wrapped(getattr(algorithm, attribute))
 
 
-def _bound(state: ServerState) -> float:
+def bound_of(state: ServerState) -> float:
+    """S of the coming round."""
     return float(state.shared[BOUND])
 
 

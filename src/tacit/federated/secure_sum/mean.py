@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tacit.errors import InputError
 from tacit.federated.algorithm import Algorithm, ServerState, Update
-from tacit.federated.central_privacy import CentralPrivacy, wrapped
+from tacit.federated.central_privacy import CentralPrivacy, bound_of, wrapped
 from tacit.federated.mean import weighted_mean
 from tacit.federated.secure_sum.encoding import Encoding, Scalar
 from tacit.federated.secure_sum.interface import SecureSum, Summed
@@ -31,7 +32,9 @@ class SecureMean:
     w_k, its number of examples and its summed loss; the mean is the quotient of the sums.
 
     *Guarantees*: each entry of Σ w_k Δ_k is within n / s of that of the clamped updates and right in expectation, with
-    s = (2^(bits−1) − 1) / clip; entries of w_k Δ_k beyond ``clip`` are clamped to it.
+    s = (2^(bits−1) − 1) / clip; entries of w_k Δ_k beyond ``clip`` are clamped to it. Under `CentralPrivacy` a client
+    first shrinks its update by what rounding could add to the norm, √D / s, so that what it sends keeps the bound S
+    that the noise was chosen for.
 
     Args:
         protocol: how the sum is taken, such as `tacit.federated.secure_sum.masked.MaskedSum`.
@@ -60,7 +63,10 @@ class SecureMean:
         mean = next((layer.mean for layer in wrapped(algorithm) if hasattr(layer, "mean")), weighted_mean)
         if mean is not weighted_mean:
             raise InputError(f"a secure sum reveals no single update, which {mean} needs: use the weighted mean")
-        private = any(isinstance(layer, CentralPrivacy) for layer in wrapped(algorithm))
+        guard = _guard(algorithm)
+        private = guard is not None
+        if guard is not None and guard.adaptive is not None:
+            raise InputError("a clipping bound that adapts needs a count beside the update, which a secure sum lacks")
         if state.shared and not private:
             raise InputError(
                 f"{algorithm} sends {', '.join(state.shared)} beside the model's update, which the secure sum does not "
@@ -107,6 +113,7 @@ class SecureMean:
             Scalar("summed loss", self.most_loss * most_examples, _LOSS_STEP),
         )
         encoding = Encoding(state.layout.size, self.clip, len(cohort), self.bits, scalars)
+        kept = 1.0 if _guard(algorithm) is None else _room_for_rounding(encoding, bound_of(state))
 
         def vector_of(client: int) -> Words | None:
             update = update_of(client)
@@ -116,7 +123,9 @@ class SecureMean:
                 raise InputError(f"{algorithm} sends {', '.join(update.extra)}, which the secure sum does not carry")
             weight = update.weight / most_weight
             loss = min(update.loss, self.most_loss) * update.examples
-            return encoding.encode(update.delta * weight, (weight, update.examples, loss), rounding_of(client)).words
+            return encoding.encode(
+                update.delta * (kept * weight), (weight, update.examples, loss), rounding_of(client)
+            ).words
 
         summed = self.protocol.sum(encoding.ring, encoding.length, cohort, vector_of)
         total, (weight, examples, loss) = encoding.decode(summed.total)
@@ -129,6 +138,21 @@ class SecureMean:
             weight=weight * most_weight,
         )
         return mean, summed
+
+
+def _guard(algorithm: Algorithm) -> CentralPrivacy | None:
+    return next((layer for layer in wrapped(algorithm) if isinstance(layer, CentralPrivacy)), None)
+
+
+def _room_for_rounding(encoding: Encoding, bound: float) -> float:
+    """By how much to shrink a vector of norm ``bound`` so that it is no longer after rounding."""
+    most = math.sqrt(encoding.size) / encoding.scale
+    if most >= bound:
+        raise InputError(
+            f"rounding to {encoding.bits} bits of a clip of {encoding.clip:g} may add {most:.3g} to the norm of an "
+            f"update that is clipped to {bound:g}: choose more bits, or a smaller clip of entries"
+        )
+    return 1 - most / bound
 
 
 def _most_weight(algorithm: Algorithm, most_examples: int) -> float:
