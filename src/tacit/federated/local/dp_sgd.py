@@ -84,7 +84,6 @@ class DpSgdSolver:
         prg = Prg.fresh() if self._root is None else self._root.derive("dp-sgd", number)
         trained = work.parameters.clone()
         self._gradients.load(trained)
-        anchor = work.parameters if work.anchor is None else work.anchor
         gradient = torch.empty_like(trained)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(work.layer_seed())
@@ -95,11 +94,7 @@ class DpSgdSolver:
                 else:
                     gradient.zero_()
                 add_gaussian_(gradient, self._noise_multiplier * self._clip, prg)
-                drift = None
-                if work.proximal:
-                    drift = work.proximal * (trained - anchor)
-                if work.correction is not None:
-                    drift = work.correction if drift is None else drift + work.correction
+                drift = work.drift(trained)
                 trained.add_(gradient, alpha=-work.lr / expected)
                 if drift is not None:
                     trained.add_(drift, alpha=-work.lr)

@@ -29,7 +29,6 @@ class PlainSolver:
         model = self._load(trained, work)
         weights: list[Tensor] = list(trainable_parameters(model).values())
         total, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
-        anchor = work.parameters if work.anchor is None else work.anchor
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(work.layer_seed())
             for batch in work.batches():
@@ -37,11 +36,7 @@ class PlainSolver:
                 loss = self._loss(model(examples.inputs), examples.targets)
                 gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
                 with torch.no_grad():
-                    drift = None
-                    if work.proximal:
-                        drift = work.proximal * (trained - anchor)
-                    if work.correction is not None:
-                        drift = work.correction if drift is None else drift + work.correction
+                    drift = work.drift(trained)
                     torch._foreach_add_(weights, gradients, alpha=-work.lr)
                     if drift is not None:
                         trained.add_(drift, alpha=-work.lr)

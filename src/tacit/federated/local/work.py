@@ -52,6 +52,13 @@ class LocalWork:
         """A seed for layers that draw random numbers (dropout); every solver draws it once, before the batches."""
         return int(torch.randint(2**32, (), generator=self.generator))
 
+    def drift(self, parameters: Tensor) -> Tensor | None:
+        """``proximal (w − anchor) + correction`` at ``parameters``, shape ``(D,)``; ``None`` if there is neither."""
+        if not self.proximal:
+            return self.correction
+        pull = self.proximal * (parameters - (self.parameters if self.anchor is None else self.anchor))
+        return pull if self.correction is None else pull + self.correction
+
     def batches(self) -> Iterator[Tensor]:
         """Indices of each batch: every epoch a new shuffle, cut into batches, the last of which may be smaller."""
         examples = len(self.examples)
