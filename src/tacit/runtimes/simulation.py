@@ -230,7 +230,9 @@ def executor_for(
         chosen = private.solver
     elif solver == "stacked":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Grouped(StackedSolver(model, loss, device), clients), ()
+        if processes > 1:
+            notes.append(f"clients train in one process: stacked on {device.type}")
+        return Grouped(StackedSolver(model, loss, device), clients), tuple(notes)
     elif solver == "plain":
         chosen = PlainSolver(model, loss)
     else:
