@@ -97,6 +97,8 @@ VARIANTS = {
     "asynchronous and quantised": '[devices]\n[compression]\nscheme = "quantise"\n[algorithm]\nname = "fedbuff"\n'
     "buffer = 2\nconcurrency = 3\n",
     "masked": "[secure_sum]\nminimum = 3\n",
+    "adaptive": '[privacy]\nnoise_multiplier = 0.3\nquantile = 0.5\naccountant = "pld"\nnoise_seed = 7\n',
+    "record": '[privacy]\nlevel = "record"\ntarget_epsilon = 8.0\nparticipations = 3\nnoise_seed = 7\n',
     "private": "[privacy]\nnoise_multiplier = 1.0\nclip = 0.5\nnoise_seed = 7\n",
 }
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tacit.data.examples import Dataset
+from tacit.dp.clipping import AdaptiveClipping
 from tacit.errors import InputError
 from tacit.federated.algorithm import Algorithm
 from tacit.federated.compression import Compressed
@@ -127,13 +128,31 @@ def privacy(settings: config.Config) -> Privacy | None:
     section = settings.privacy
     if section is None:
         return None
-    kind = RecordDP if section.level == "record" else CentralDP
-    return kind(
-        clip=section.clip,
-        delta=section.delta,
-        noise_multiplier=section.noise_multiplier,
-        target_epsilon=section.target_epsilon,
-        budget=section.budget,
+    if section.level == "record":
+        if section.quantile is not None:
+            raise InputError("privacy.quantile lets the bound on whole updates adapt: it goes with level = 'client'")
+        return RecordDP(
+            section.clip,
+            section.delta,
+            section.noise_multiplier,
+            section.target_epsilon,
+            section.budget,
+            section.participations,
+            section.accountant,
+            section.noise_seed,
+        )
+    if section.participations is not None:
+        raise InputError(
+            "privacy.participations counts rounds of a client's own records: it goes with level = 'record'"
+        )
+    return CentralDP(
+        section.clip,
+        section.delta,
+        section.noise_multiplier,
+        section.target_epsilon,
+        section.budget,
+        None if section.quantile is None else AdaptiveClipping(section.quantile),
+        section.accountant,
         noise_seed=section.noise_seed,
     )
 

@@ -240,6 +240,9 @@ class Privacy(_Section, frozen=True):
     noise_multiplier: float | None = None
     target_epsilon: float | None = None
     budget: float | None = None
+    accountant: Literal["rdp", "pld"] = "rdp"
+    quantile: float | None = None
+    participations: int | None = None
     noise_seed: int | None = None
 
 
