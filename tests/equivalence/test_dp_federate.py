@@ -28,7 +28,7 @@ CLIENTS = [two_classes(40, seed) for seed in range(30)]
 TEST = two_classes(500, 99)
 
 
-def run(privacy, *, rounds=8, rate=0.4, ledger=None, clients=CLIENTS):
+def run(privacy, *, rounds=8, rate=0.4, ledger=None, clients=CLIENTS, test=TEST):
     return federate(
         nn.Linear(5, 2),
         clients,
@@ -37,7 +37,7 @@ def run(privacy, *, rounds=8, rate=0.4, ledger=None, clients=CLIENTS):
         selection=Poisson(rate),
         privacy=privacy,
         ledger=ledger,
-        test=TEST,
+        test=test,
     )
 
 
@@ -70,11 +70,14 @@ def test_only_a_seed_repeats_a_run(kind):
 
 def test_rounds_without_a_client_release_noise_and_are_charged():
     ledger = Ledger()
-    result = run(CentralDP(clip=1.0, delta=DELTA, noise_multiplier=1.0), rate=0.01, rounds=5, ledger=ledger)
+    # Every other label is wrong, so that no weights, however large the noise makes them, have a loss of exactly zero.
+    half_wrong = Examples(TEST.inputs, torch.where(torch.arange(500) % 2 == 0, TEST.targets, 1 - TEST.targets))
+    settings = CentralDP(clip=1.0, delta=DELTA, noise_multiplier=1.0)
+    result = run(settings, rate=0.01, rounds=5, ledger=ledger, test=half_wrong)
     empty = [record for record in result.history if not record.cohort]
     assert len(empty) >= 2
-    accuracies = [record.loss for record in result.history]
-    assert len(set(accuracies)) == len(accuracies)
+    losses = [record.loss for record in result.history]
+    assert len(set(losses)) == len(losses)
     assert ledger.events("central") == (SampledGaussian(1.0, 0.01, 5),)
 
 
