@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tacit.errors import PeerError, TacitError
-from tacit.federated.secure_sum.agreement import Identity
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
 from tacit.federated.secure_sum.messages import Invite
 from tacit.federated.secure_sum.parameters import Assumption, choose
 from tacit.federated.secure_sum.ring import Ring, Words
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.identity import Identity
 from tacit.ring.prg import Prg
 
 STAGES = tuple(Stage)[:5]

@@ -19,12 +19,13 @@ import numpy as np
 
 from tacit import wire
 from tacit.federated.secure_sum import agreement, messages
-from tacit.federated.secure_sum.agreement import Identity, KeyPair
+from tacit.federated.secure_sum.agreement import KeyPair, sign
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task, vector_digest
 from tacit.federated.secure_sum.messages import Confirmations, Inbox, Invite, Roster, Survivors
 from tacit.federated.secure_sum.parameters import Assumption, choose
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.identity import Identity
 from tacit.ring import shamir
 from tacit.ring.prg import Prg
 
@@ -125,7 +126,7 @@ def refused(frames: Frames, other_round: Frames) -> Iterator[dict[str, Any]]:
         yield case(name, "client", stage, messages.server_frame(stage, message), error)
     for name, stage, message, packed in breaches(frames):
         content = messages.encode(message)
-        signature = Identity(identity_seed(0)).sign(invite().context, content)
+        signature = sign(Identity(identity_seed(0)), invite().context, content)
         frame = messages.client_frame(stage, content, signature, packed)
         yield case(name, "server", stage, frame, "CodecError" if "unused bits" in name else "PeerError")
 
@@ -141,7 +142,7 @@ def resigned(frame: bytes, signer: int) -> bytes:
     stage, message, _, packed = messages.read_client_frame(frame, 1 << 20)
     content = messages.encode(message)
     return messages.client_frame(
-        stage, content, Identity(identity_seed(signer)).sign(invite().context, content), packed
+        stage, content, sign(Identity(identity_seed(signer)), invite().context, content), packed
     )
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from tacit import wire
-from tacit.federated.secure_sum.agreement import Identity, KeyPair
+from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.shared_bounds import project
 from tacit.federated.secure_sum.shared_client import Parts, upload
 from tacit.federated.secure_sum.shared_messages import Part, Terms, frame_of, read_frame
 from tacit.federated.secure_sum.shared_server import SharedServer, total_of
+from tacit.identity import Identity
 from tacit.mpc.steps import Role
 from tacit.ring.prg import Prg
 

@@ -12,11 +12,12 @@ from secure_sums import STAGES, Ran, World, prg, require_exact, run
 from tacit import wire
 from tacit.errors import CodecError, InputError, PeerError
 from tacit.federated.secure_sum import messages
-from tacit.federated.secure_sum.agreement import Identity
+from tacit.federated.secure_sum.agreement import sign
 from tacit.federated.secure_sum.client import MaskedClient, State
 from tacit.federated.secure_sum.messages import Advert, Confirmations, Inbox, Invite, Roster, Survivors
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.identity import Identity
 
 VICTIM = 1
 WORLD = World(4)
@@ -140,7 +141,7 @@ class TestOnTheWay:
         def resign(frame: bytes) -> list[bytes]:
             _, message, envelope, packed = messages.read_client_frame(frame, 1 << 20)
             content = messages.encode(message)
-            signature = stranger.sign(WORLD.invite.context, content)
+            signature = sign(stranger, WORLD.invite.context, content)
             forged = messages.client_frame(stage, content, signature, packed)
             assert forged != messages.client_frame(stage, content, envelope.signature, packed) == frame
             return [forged]
@@ -154,7 +155,7 @@ class TestOnTheWay:
         def rename(frame: bytes) -> list[bytes]:
             _, message, _, packed = messages.read_client_frame(frame, 1 << 20)
             content = messages.encode(msgspec.structs.replace(message, sender=2))
-            own = WORLD.identity(VICTIM).sign(WORLD.invite.context, content)
+            own = sign(WORLD.identity(VICTIM), WORLD.invite.context, content)
             return [messages.client_frame(stage, content, own, packed)]
 
         ran = run(
@@ -324,7 +325,7 @@ class TestLyingAboutKeys:
 
     def test_keys_signed_by_another_member(self) -> None:
         content = messages.encode(self.STRANGE)
-        forged = WORLD.identity(2).sign(CONTEXT, content)
+        forged = sign(WORLD.identity(2), CONTEXT, content)
         lie = roster(lambda i, advert, signature: (self.STRANGE, forged) if i == VICTIM else (advert, signature))
         tell(at(Stage.SHARE), Stage.SHARE, lie, "client 1 are not signed")
 
@@ -349,7 +350,7 @@ class TestLyingAboutKeys:
 
     def test_a_key_of_low_order(self) -> None:
         weak = Advert(VICTIM, bytes(32), bytes(32))
-        signature = WORLD.identity(VICTIM).sign(CONTEXT, messages.encode(weak))
+        signature = sign(WORLD.identity(VICTIM), CONTEXT, messages.encode(weak))
         lie = roster(lambda i, advert, real: (weak, signature) if i == VICTIM else (advert, real))
         tell(at(Stage.SHARE), Stage.SHARE, lie, "low order")
 
@@ -491,7 +492,7 @@ def wrong_shares(holders: set[int], lost: int | None):
         _, message, *_ = messages.read_client_frame(frame, 0)
         shares = tuple((owner, flipped(share, 7 + number)) for owner, share in message.shares)
         content = messages.encode(msgspec.structs.replace(message, shares=shares))
-        return [messages.client_frame(stage, content, WORLD.identity(number).sign(CONTEXT, content))]
+        return [messages.client_frame(stage, content, sign(WORLD.identity(number), CONTEXT, content))]
 
     return tamper
 
@@ -503,7 +504,7 @@ class TestCorruptClients:
         def resign(frame: bytes) -> list[bytes]:
             _, message, _, packed = messages.read_client_frame(frame, 1 << 20)
             content = messages.encode(change(message))
-            return [messages.client_frame(stage, content, WORLD.identity(VICTIM).sign(CONTEXT, content), packed)]
+            return [messages.client_frame(stage, content, sign(WORLD.identity(VICTIM), CONTEXT, content), packed)]
 
         return run(WORLD, on_victim("up", stage, resign))
 

@@ -10,7 +10,6 @@ import pytest
 
 from secure_sums import STAGES, World, prg, require_exact, run
 from tacit.errors import CodecError, InputError, PeerError
-from tacit.federated.secure_sum.agreement import Identity
 from tacit.federated.secure_sum.attestation import Attestation
 from tacit.federated.secure_sum.client import MaskedClient, Policy, State, Task
 from tacit.federated.secure_sum.interface import PlainSum
@@ -18,6 +17,7 @@ from tacit.federated.secure_sum.masked import MaskedSum
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.identity import Identity, key_text
 
 CURIOUS = Assumption(0.1, 0.1, False)
 MOMENTS = (*STAGES, Stage.DONE)
@@ -205,7 +205,7 @@ class TestOnce:
         client.receive(MaskedServer(world.invite).invite())
         assert repr(client) == "MaskedClient(ADVERTISED)"
         assert "hidden" in repr(client._secrets.mask_pair)
-        assert world.identity(1).public.hex()[:16] in repr(world.identity(1))
+        assert repr(world.identity(1)) == f"Identity({key_text(world.identity(1).public)})"
         assert bytes(30).hex() not in repr(world.identity(1))
         assert repr(MaskedServer(world.invite)) == "MaskedServer(ADVERTISE, 4 clients)"
         assert repr(world.invite) == "Invite(hidden)"

@@ -9,7 +9,7 @@ import torch
 
 from secure_sums import prg
 from tacit.errors import CodecError, InputError, PeerError
-from tacit.federated.secure_sum.agreement import Identity, KeyPair
+from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.client import Task
 from tacit.federated.secure_sum.encoding import Encoding, Scalar
 from tacit.federated.secure_sum.interface import PlainSum
@@ -19,6 +19,7 @@ from tacit.federated.secure_sum.shared_bounds import ROWS, SLACK, lift, norm_bou
 from tacit.federated.secure_sum.shared_client import Parts, SharedPolicy, upload
 from tacit.federated.secure_sum.shared_messages import Terms, check_terms
 from tacit.federated.secure_sum.shared_server import SharedServer, total_of
+from tacit.identity import Identity
 from tacit.mpc.lockstep import Meter, Trio
 from tacit.mpc.steps import Role
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tacit import errors
-from tacit.federated.secure_sum.agreement import Identity, KeyPair
+from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.shared_bounds import project
 from tacit.federated.secure_sum.shared_client import upload
 from tacit.federated.secure_sum.shared_messages import Terms
 from tacit.federated.secure_sum.shared_server import SharedServer, total_of
+from tacit.identity import Identity
 from tacit.mpc.steps import Role
 from tacit.ring.prg import Prg
 

@@ -10,12 +10,13 @@ import pytest
 
 from tacit import errors
 from tacit.federated.secure_sum import agreement, messages
-from tacit.federated.secure_sum.agreement import Identity, KeyPair
+from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.client import MaskedClient, Policy, State, Task
 from tacit.federated.secure_sum.messages import Invite
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.identity import Identity
 from tacit.ring import shamir
 from tacit.ring.prg import Prg
 

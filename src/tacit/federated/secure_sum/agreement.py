@@ -10,22 +10,22 @@ import hashlib
 import struct
 from typing import NoReturn
 
-from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from tacit import identity
 from tacit.errors import InputError, PeerError
+from tacit.identity import KEY_BYTES, Identity
 from tacit.ring.prg import SEED_BYTES, Prg
 
-KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 DIGEST_BYTES = 32
 SHARES_BYTES = 64
 SEALED_BYTES = SHARES_BYTES + 16
 _NAME = b"tacit/v1/masked-sum/"
+_SIGNED = "masked-sum/signed"
 
 
 def digest(purpose: bytes, *parts: bytes | memoryview) -> bytes:
@@ -36,46 +36,14 @@ def digest(purpose: bytes, *parts: bytes | memoryview) -> bytes:
     return hasher.digest()
 
 
-class Identity:
-    """A client's long-term Ed25519 key; the others pin `public`.
-
-    Args:
-        seed: 32 secret bytes; `Identity.fresh` takes them from the operating system.
-
-    Raises:
-        InputError: the seed is not 32 bytes long.
-    """
-
-    def __init__(self, seed: bytes) -> None:
-        if len(seed) != KEY_BYTES:
-            raise InputError(f"an identity's seed is {KEY_BYTES} bytes, not {len(seed)}")
-        self._key = Ed25519PrivateKey.from_private_bytes(seed)
-        self.public = self._key.public_key().public_bytes_raw()
-
-    @classmethod
-    def fresh(cls) -> Identity:
-        """A new identity."""
-        return cls(Prg.fresh().bytes(KEY_BYTES))
-
-    def sign(self, context: bytes, content: bytes) -> bytes:
-        """A signature of a message of the round whose context is given."""
-        return self._key.sign(_signed(context, content))
-
-    def __repr__(self) -> str:
-        return f"Identity({self.public.hex()[:16]}…)"
+def sign(signer: Identity, context: bytes, content: bytes) -> bytes:
+    """A signature of a message of the round whose context is given."""
+    return signer.sign(_SIGNED, context + content)
 
 
-def verify(identity: bytes, context: bytes, content: bytes, signature: bytes) -> bool:
-    """Whether the owner of ``identity`` signed a message of the round."""
-    try:
-        Ed25519PublicKey.from_public_bytes(identity).verify(signature, _signed(context, content))
-    except (InvalidSignature, ValueError):
-        return False
-    return True
-
-
-def _signed(context: bytes, content: bytes) -> bytes:
-    return _NAME + b"signed\0" + context + content
+def verify(public: bytes, context: bytes, content: bytes, signature: bytes) -> bool:
+    """Whether the owner of ``public`` signed a message of the round."""
+    return identity.verify(public, _SIGNED, context + content, signature)
 
 
 class KeyPair:

@@ -20,15 +20,13 @@ from tacit.errors import InputError, PeerError
 from tacit.federated.secure_sum import messages
 from tacit.federated.secure_sum.agreement import (
     DIGEST_BYTES,
-    KEY_BYTES,
-    SIGNATURE_BYTES,
-    Identity,
     KeyPair,
     commitment,
     digest,
     pair_seed,
     seal,
     self_seed,
+    sign,
     unseal,
     verify,
 )
@@ -47,6 +45,7 @@ from tacit.federated.secure_sum.messages import (
 )
 from tacit.federated.secure_sum.parameters import PRIVACY_BITS, Assumption, privacy_bits
 from tacit.federated.secure_sum.ring import Packed, Ring, Words
+from tacit.identity import KEY_BYTES, SIGNATURE_BYTES, Identity
 from tacit.ring.prg import SEED_BYTES, Prg
 from tacit.ring.shamir import ELEMENT_BYTES, split
 
@@ -367,7 +366,7 @@ class MaskedClient:
 
     def _answer(self, state: State, stage: int, message: messages.FromClient, packed: Packed | None = None) -> bytes:
         content = messages.encode(message)
-        frame = messages.client_frame(stage, content, self._identity.sign(self._context, content), packed)
+        frame = messages.client_frame(stage, content, sign(self._identity, self._context, content), packed)
         self._state = state
         return frame
 

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tacit.errors import InputError, PeerError, TooFewUpdates
-from tacit.federated.secure_sum.agreement import DIGEST_BYTES, Identity
+from tacit.federated.secure_sum.agreement import DIGEST_BYTES
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
 from tacit.federated.secure_sum.interface import Summed, Traffic, VectorOf
 from tacit.federated.secure_sum.messages import ROUND_BYTES, Invite
 from tacit.federated.secure_sum.parameters import choose
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.server import MaskedServer, Outcome, Stage
+from tacit.identity import Identity
 from tacit.ring.prg import Prg
 
 Lost = Callable[[int, Stage], bool]

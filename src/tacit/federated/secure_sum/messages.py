@@ -18,13 +18,12 @@ from tacit import wire
 from tacit.errors import CodecError, InputError
 from tacit.federated.secure_sum.agreement import (
     DIGEST_BYTES,
-    KEY_BYTES,
     SEALED_BYTES,
-    SIGNATURE_BYTES,
     digest,
 )
 from tacit.federated.secure_sum.parameters import Sharing
 from tacit.federated.secure_sum.ring import Packed, Ring
+from tacit.identity import KEY_BYTES, SIGNATURE_BYTES
 
 ROUND_BYTES = 16
 MAX_CLIENTS = 1 << 16

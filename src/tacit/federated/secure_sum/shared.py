@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tacit.errors import InputError
-from tacit.federated.secure_sum.agreement import DIGEST_BYTES, Identity, KeyPair
+from tacit.federated.secure_sum.agreement import DIGEST_BYTES, KeyPair
 from tacit.federated.secure_sum.client import Task
 from tacit.federated.secure_sum.interface import Summed, Traffic, VectorOf
 from tacit.federated.secure_sum.masked import Meter
@@ -19,6 +19,7 @@ from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.shared_client import SharedPolicy, upload
 from tacit.federated.secure_sum.shared_messages import Terms, check_terms
 from tacit.federated.secure_sum.shared_server import Noise, SharedServer, total_of
+from tacit.identity import Identity
 from tacit.mpc.lockstep import Trio
 from tacit.mpc.steps import Role
 from tacit.ring.prg import Prg

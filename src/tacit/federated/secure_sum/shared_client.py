@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tacit.errors import InputError
-from tacit.federated.secure_sum.agreement import Identity, KeyPair
+from tacit.federated.secure_sum.agreement import KeyPair, sign
 from tacit.federated.secure_sum.client import Task
 from tacit.federated.secure_sum.messages import MAX_CLIENTS
 from tacit.federated.secure_sum.ring import Words
 from tacit.federated.secure_sum.shared_messages import Part, Terms, check_terms, frame_of, number_of
+from tacit.identity import Identity
 from tacit.mpc.steps import Role
 from tacit.ring.prg import SEED_BYTES, Prg
 
@@ -101,7 +102,7 @@ def upload(terms: Terms, number: int, identity: Identity, words: Words, prg: Prg
     difference = words.copy()
     Prg(seed).add_into(difference, subtract=True)
     packed = terms.ring.pack(terms.ring.reduce_(difference))
-    signature = identity.sign(transcript, signed_content(number, pair.public))
+    signature = sign(identity, transcript, signed_content(number, pair.public))
 
     def frame(role: Role, content: bytes | memoryview) -> bytes:
         recipient = number_of(role)
