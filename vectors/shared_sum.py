@@ -4,6 +4,7 @@
 
 Every key and every random choice comes from the seeds in the file, in the order that docs/spec/shared-sum.md gives. A
 frame of ``refused`` is given to a server that holds no part yet, or, where ``after`` names a client, that client's own.
+An attestation of ``refused_attestations`` is what an auditor must refuse who has pinned everybody's identity.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from tacit import wire
 from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.ring import Ring
+from tacit.federated.secure_sum.shared_attestation import SharedAttestation
 from tacit.federated.secure_sum.shared_bounds import project
 from tacit.federated.secure_sum.shared_client import Parts, upload
 from tacit.federated.secure_sum.shared_messages import Part, Terms, frame_of, read_frame
@@ -48,6 +50,16 @@ def client_seed(number: int, round: int = 1) -> bytes:
 def server_seed(role: Role) -> bytes:
     """Of a server's key."""
     return bytes([0x50 + list(Role).index(role)] * 16)
+
+
+def server_identity_seed(role: Role) -> bytes:
+    """Of a server's long-term key."""
+    return bytes([0x60 + list(Role).index(role)] * 32)
+
+
+def server_identity(role: Role) -> Identity:
+    """A server's long-term key."""
+    return Identity(server_identity_seed(role))
 
 
 def vector(number: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
@@ -174,6 +186,49 @@ def refused() -> Iterator[dict[str, Any]]:
             }
 
 
+def refused_attestations(honest: SharedAttestation) -> Iterator[dict[str, Any]]:
+    """Attestations that an auditor must refuse."""
+    data, parts, settings = honest.encoded(), honest.parts, honest.terms
+
+    def altered(**changes: Any) -> bytes:
+        return msgspec.structs.replace(honest, **changes).encoded()
+
+    def under(**changes: Any) -> bytes:
+        return altered(terms=msgspec.structs.replace(settings, **changes))
+
+    cases: dict[str, tuple[bytes, str]] = {
+        "one byte too few": (data[:-1], "CodecError"),
+        "one byte too many": (data + b"\0", "CodecError"),
+        "a longer encoding": (b"\xdc\x00\x06" + data[1:], "CodecError"),
+        "another round": (under(round=bytes(16)), "PeerError"),
+        "another application": (under(application=bytes(32)), "PeerError"),
+        "another length": (under(length=LENGTH + 1), "PeerError"),
+        "another ring": (under(bits=BITS + 1), "PeerError"),
+        "another minimum": (under(minimum=MINIMUM + 1), "PeerError"),
+        "another bound": (under(bound=1), "PeerError"),
+        "alice's key changed": (under(alice=KeyPair(Prg(bytes(16))).public), "PeerError"),
+        "one key for both servers": (under(bob=settings.alice), "InputError"),
+        "clients exchanged": (under(identities=settings.identities[::-1]), "PeerError"),
+        "a stranger in the cohort": (
+            under(identities=(Identity(bytes(32)).public, *settings.identities[1:])),
+            "PeerError",
+        ),
+        "a client too many": (altered(summed=b"\x0f"), "PeerError"),
+        "a client too few": (altered(summed=b"\x0c", parts=parts[1:]), "PeerError"),
+        "a client said to be excluded": (altered(summed=b"\x0d", excluded=b"\x02"), "PeerError"),
+        "a set that is no mask of the cohort": (altered(summed=b"\x1d"), "CodecError"),
+        "a client's signature missing": (altered(parts=parts[1:]), "PeerError"),
+        "a client's signature twice": (altered(parts=(parts[0], *parts)), "PeerError"),
+        "signatures out of order": (altered(parts=parts[::-1]), "PeerError"),
+        "another client's signature": (altered(parts=((0, *parts[1][1:]), *parts[1:])), "PeerError"),
+        "alice's signature for bob's": (altered(bob=honest.alice), "PeerError"),
+        "bob's signature for alice's": (altered(alice=honest.bob), "PeerError"),
+        "no signature of bob's": (altered(bob=bytes(64)), "PeerError"),
+    }
+    for name, (attestation, error) in cases.items():
+        yield {"name": name, "attestation": attestation.hex(), "error": error}
+
+
 def build() -> dict[str, Any]:
     """The whole file."""
     settings = terms()
@@ -189,6 +244,8 @@ def build() -> dict[str, Any]:
     for server in servers.values():
         server.settle(SUMMED)
     revealed = {role: servers[role].reveal(lambda length, role=role: noise(role)) for role in Role}
+    signed = {role: servers[role].attest(server_identity(role)) for role in Role}
+    attestation = SharedAttestation.of(servers[Role.ALICE], signed[Role.ALICE], signed[Role.BOB])
     coin = torch.tensor([0x0123456789ABCDEF, -2])
     projected = project([vector(number) for number in range(2)], coin)
     return {
@@ -206,6 +263,9 @@ def build() -> dict[str, Any]:
                 role.value: {
                     "prg_seed": server_seed(role).hex(),
                     "public": settings.key_of(role).hex(),
+                    "identity_seed": server_identity_seed(role).hex(),
+                    "identity": server_identity(role).public.hex(),
+                    "endorsement": servers[role].endorse(server_identity(role)).hex(),
                     "noise": noise(role).tolist(),
                     "revealed": revealed[role].hex(),
                 }
@@ -224,12 +284,14 @@ def build() -> dict[str, Any]:
             "frames": frames,
             "summed": list(SUMMED),
             "total": total_of(settings, revealed[Role.ALICE], revealed[Role.BOB]).tolist(),
+            "attestation": attestation.encoded().hex(),
         },
         "projections": [
             {"coin": coin.tolist(), "vector": vector(number).tolist(), "projections": projected[number].tolist()}
             for number in range(2)
         ],
         "refused": list(refused()),
+        "refused_attestations": list(refused_attestations(attestation)),
     }
 
 

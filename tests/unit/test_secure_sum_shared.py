@@ -3,6 +3,7 @@
 import math
 from itertools import product
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tacit.federated.secure_sum.encoding import Encoding, Scalar
 from tacit.federated.secure_sum.interface import PlainSum
 from tacit.federated.secure_sum.ring import Ring, Words
 from tacit.federated.secure_sum.shared import BATCH, TOO_LONG, SharedSum, settle
+from tacit.federated.secure_sum.shared_attestation import SharedAttestation
 from tacit.federated.secure_sum.shared_bounds import ROWS, SLACK, lift, norm_bound, project, threshold, within
 from tacit.federated.secure_sum.shared_client import Parts, SharedPolicy, upload
 from tacit.federated.secure_sum.shared_messages import Terms, check_terms
@@ -25,6 +27,7 @@ from tacit.mpc.steps import Role
 
 PAIRS = {role: KeyPair(prg(9, i)) for i, role in enumerate(Role)}
 IDENTITIES = [Identity(bytes([i]) * 32) for i in range(6)]
+SERVERS = Identity(bytes([70]) * 32), Identity(bytes([71]) * 32)
 
 
 def terms_of(n: int = 4, length: int = 7, bits: int = 20, minimum: int = 3, bound: int = 0, number: int = 0) -> Terms:
@@ -43,6 +46,11 @@ def terms_of(n: int = 4, length: int = 7, bits: int = 20, minimum: int = 3, boun
 
 def servers_of(terms: Terms) -> tuple[SharedServer, SharedServer]:
     return SharedServer(Role.ALICE, terms, PAIRS[Role.ALICE]), SharedServer(Role.BOB, terms, PAIRS[Role.BOB])
+
+
+def endorsements_of(terms: Terms) -> dict[Role, bytes]:
+    servers = zip(servers_of(terms), SERVERS, strict=True)
+    return {server.role: server.endorse(identity) for server, identity in servers}
 
 
 def vector(terms: Terms, number: int) -> Words:
@@ -231,17 +239,37 @@ class TestRefusals:
             check_terms(terms_of(**change))
 
     def test_a_client_insists_on_its_servers_minimum_and_task(self) -> None:
-        terms = terms_of()
-        alice, bob = terms.alice, terms.bob
+        terms, (alice, bob) = terms_of(), SERVERS
         task = Task(terms.ring, terms.length)
-        SharedPolicy(3, alice, bob).require(terms, task)
-        for policy, reason in ((SharedPolicy(4, alice, bob), "policy"), (SharedPolicy(3, bob, alice), "pinned")):
+        endorsements = endorsements_of(terms)
+        SharedPolicy(3, alice.public, bob.public).require(terms, task, endorsements)
+        for policy, reason in (
+            (SharedPolicy(4, alice.public, bob.public), "policy"),
+            (SharedPolicy(3, bob.public, alice.public), "not signed by the alice"),
+            (SharedPolicy(3, alice.public, IDENTITIES[0].public), "not signed by the bob"),
+        ):
             with pytest.raises(InputError, match=reason):
-                policy.require(terms, task)
+                policy.require(terms, task, endorsements)
+        other = Task(terms.ring, terms.length, bytes([1]) * 32)
         with pytest.raises(InputError, match="expects"):
-            SharedPolicy(3, alice, bob).require(terms, Task(terms.ring, terms.length, bytes([1]) * 32))
+            SharedPolicy(3, alice.public, bob.public).require(terms, other, endorsements)
         with pytest.raises(InputError, match="fewer than 3"):
-            SharedPolicy(2, alice, bob)
+            SharedPolicy(2, alice.public, bob.public)
+        with pytest.raises(InputError, match="one and the same"):
+            SharedPolicy(3, alice.public, alice.public)
+
+    def test_a_relay_that_puts_its_own_key_in_a_servers_place(self) -> None:
+        terms, policy = terms_of(), SharedPolicy(3, *(server.public for server in SERVERS))
+        task, endorsements = Task(terms.ring, terms.length), endorsements_of(terms)
+        for role in Role:
+            swapped = msgspec.structs.replace(terms, **{role.value: KeyPair(prg(9, 9)).public})
+            with pytest.raises(InputError, match="not signed by the alice"):
+                policy.require(swapped, task, endorsements)
+        exchanged = {Role.ALICE: endorsements[Role.BOB], Role.BOB: endorsements[Role.ALICE]}
+        earlier = endorsements_of(terms_of(number=1))
+        for wrong in (exchanged, earlier, {}, {Role.ALICE: endorsements[Role.ALICE]}):
+            with pytest.raises(InputError, match="not signed by the"):
+                policy.require(terms, task, wrong)
 
     def test_one_key_for_both_servers(self) -> None:
         terms = terms_of()
@@ -265,6 +293,119 @@ class TestRefusals:
         for thing in (alice, parts, alice._waiting[0], SharedSum.among(3, 3), terms):
             assert seed.hex() not in repr(thing)
             assert repr(seed) not in repr(thing)
+
+
+PINNED = frozenset(identity.public for identity in IDENTITIES)
+
+
+def attestation_of(bound: int = 0, number: int = 0) -> SharedAttestation:
+    """A round of six clients, of whom the second is lost; where norms are verified, the third is excluded."""
+    terms = terms_of(n=6, bits=24, bound=bound, number=number)
+    alice, bob = servers_of(terms)
+    for client in (0, 2, 3, 4, 5):
+        words = terms.ring.residues(np.full(7, 400 * bound if client == 2 else bound // 3, np.int64))
+        parts = parts_of(terms, client, words)
+        alice.receive(parts.alice)
+        bob.receive(parts.bob)
+    settle(alice, bob, Trio(prg(7, 0)))
+    alice.reveal()
+    bob.reveal()
+    return SharedAttestation.of(bob, alice.attest(SERVERS[0]), bob.attest(SERVERS[1]))
+
+
+def verified(attestation: SharedAttestation) -> tuple[bytes, ...]:
+    return attestation.verify(PINNED, SERVERS[0].public, SERVERS[1].public)
+
+
+class TestAttestation:
+    @pytest.mark.parametrize(("bound", "summed"), [(0, (0, 2, 3, 4, 5)), (5000, (0, 3, 4, 5))])
+    def test_says_who_took_part(self, bound: int, summed: tuple[int, ...]) -> None:
+        attestation = SharedAttestation.parse(attestation_of(bound).encoded())
+        assert verified(attestation) == tuple(IDENTITIES[number].public for number in summed)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"round": b"\7" * 16}, "client 0 did not sign"),
+            ({"identities": tuple(identity.public for identity in IDENTITIES[::-1])}, "client 0 did not sign"),
+            ({"alice": KeyPair(prg(9, 9)).public}, "client 0 did not sign"),
+            ({"bob": KeyPair(prg(9, 9)).public}, "client 0 did not sign"),
+            ({"length": 8}, "client 0 did not sign"),
+            ({"bits": 25}, "client 0 did not sign"),
+            ({"minimum": 4}, "client 0 did not sign"),
+            ({"minimum": 5}, "4 vectors, below the round's minimum of 5"),
+            ({"bound": 4999}, "client 0 did not sign"),
+            ({"bound": 0}, "excluded for the length"),
+            ({"application": b"\1" * 32}, "client 0 did not sign"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_every_term_is_signed(self, change: dict, reason: str) -> None:
+        honest = attestation_of(bound=5000)
+        with pytest.raises(PeerError, match=reason):
+            verified(msgspec.structs.replace(honest, terms=msgspec.structs.replace(honest.terms, **change)))
+        assert set(Terms.__struct_fields__) == {
+            *("round", "identities", "alice", "bob", "length", "bits", "minimum", "bound", "application")
+        }
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda a: {"summed": b"\x39\x00"}, "mask of 6 bits"),
+            (lambda a: {"summed": b"\x31"}, "not one of each client"),
+            (lambda a: {"summed": b"\x3d", "excluded": b"\0"}, "alice did not sign"),
+            (lambda a: {"summed": b"\x35", "excluded": b"\x08"}, "alice did not sign"),
+            (lambda a: {"excluded": b"\x06"}, "not one of each client"),
+            (lambda a: {"excluded": b"\0"}, "not one of each client"),
+            (lambda a: {"excluded": b"\0", "parts": (a.parts[0], *a.parts[2:])}, "alice did not sign"),
+            (lambda a: {"parts": a.parts[1:]}, "not one of each client"),
+            (lambda a: {"parts": (a.parts[0], *a.parts)}, "not one of each client"),
+            (lambda a: {"parts": a.parts[::-1]}, "not one of each client"),
+            (lambda a: {"parts": ((0, *a.parts[1][1:]), *a.parts[1:])}, "client 0 did not sign"),
+            (lambda a: {"parts": (*a.parts[:-1], (5, a.parts[0][1], a.parts[5 - 1][2]))}, "client 5 did not sign"),
+            (lambda a: {"alice": a.bob}, "alice did not sign"),
+            (lambda a: {"bob": a.alice}, "bob did not sign"),
+            (lambda a: {"bob": attestation_of(5000, number=1).bob}, "bob did not sign"),
+            (lambda a: {"bob": bytes(64)}, "bob did not sign"),
+        ],
+    )
+    def test_every_claim_is_signed(self, change, reason: str) -> None:
+        honest = attestation_of(bound=5000)
+        assert verified(honest)
+        with pytest.raises(PeerError, match=reason):
+            verified(msgspec.structs.replace(honest, **change(honest)))
+
+    def test_wrong_pins(self) -> None:
+        honest = attestation_of()
+        alice, bob = (server.public for server in SERVERS)
+        for pins, reason in (
+            ((PINNED - {IDENTITIES[1].public}, alice, bob), "not pinned"),
+            ((PINNED, bob, alice), "alice did not sign"),
+            ((PINNED, alice, alice), "bob did not sign"),
+            ((frozenset(), alice, bob), "not pinned"),
+        ):
+            with pytest.raises(PeerError, match=reason):
+                honest.verify(*pins)
+
+    def test_it_has_one_encoding(self) -> None:
+        data = attestation_of().encoded()
+        for wrong in (data[:-1], data + b"\0", b"", b"\xdc\x00\x06" + data[1:]):
+            with pytest.raises(CodecError):
+                SharedAttestation.parse(wrong)
+
+    def test_a_server_attests_only_what_it_has_revealed(self) -> None:
+        alice, _ = servers_of(terms_of())
+        with pytest.raises(PeerError, match="not over"):
+            alice.attest(SERVERS[0])
+
+    def test_a_round_in_one_process_leaves_one(self) -> None:
+        protocol = SharedSum.among(5, 3)
+        summed = protocol.sum(Ring(20), 4, [4, 1, 3, 0], lambda i: Ring(20).zeros(4) if i else None, b"\5" * 32)
+        attestation = SharedAttestation.parse(summed.attestation)
+        pinned = frozenset(identity.public for identity in protocol.identities)
+        signed = attestation.verify(pinned, protocol.alice.public, protocol.bob.public)
+        assert signed == tuple(protocol.identities[i].public for i in (4, 1, 3))
+        assert attestation.terms.application == b"\5" * 32
 
 
 BITS, BOUND, LENGTH = 26, 1 << 15, 3000

@@ -11,6 +11,7 @@ import torch
 
 from tacit import errors
 from tacit.federated.secure_sum.agreement import KeyPair
+from tacit.federated.secure_sum.shared_attestation import SharedAttestation
 from tacit.federated.secure_sum.shared_bounds import project
 from tacit.federated.secure_sum.shared_client import upload
 from tacit.federated.secure_sum.shared_messages import Terms
@@ -78,6 +79,28 @@ def test_the_round_byte_for_byte() -> None:
         [CLIENTS[i]["vector"] for i in common] + [SERVERS[name]["noise"] for name in SERVERS], axis=0, dtype=np.int64
     )
     assert (noised % 2 ** terms().bits).tolist() == ROUND["total"]
+    signed = {}
+    for name, each in servers.items():
+        identity = Identity(bytes.fromhex(SERVERS[name]["identity_seed"]))
+        assert identity.public.hex() == SERVERS[name]["identity"]
+        assert each.endorse(identity).hex() == SERVERS[name]["endorsement"]
+        signed[name] = each.attest(identity)
+    attestation = SharedAttestation.of(servers["bob"], **signed)
+    assert attestation.encoded().hex() == ROUND["attestation"]
+    assert verified(attestation.encoded()) == tuple(bytes.fromhex(CLIENTS[i]["identity"]) for i in common)
+
+
+def verified(attestation: bytes) -> tuple[bytes, ...]:
+    pinned = frozenset(bytes.fromhex(client["identity"]) for client in CLIENTS)
+    alice, bob = (bytes.fromhex(SERVERS[name]["identity"]) for name in ("alice", "bob"))
+    return SharedAttestation.parse(attestation).verify(pinned, alice, bob)
+
+
+@pytest.mark.parametrize("case", VECTORS["refused_attestations"], ids=lambda case: case["name"])
+def test_attestations_that_an_auditor_refuses(case: dict[str, Any]) -> None:
+    with pytest.raises(getattr(errors, case["error"])) as caught:
+        verified(bytes.fromhex(case["attestation"]))
+    assert type(caught.value) is getattr(errors, case["error"])
 
 
 def servers_common() -> list[int]:

@@ -123,6 +123,15 @@ class Encoding:
             )
 
     @property
+    def description(self) -> str:
+        """All of it in a line, equal for equal encodings: what clients and server agree on before a round."""
+        scalars = ", ".join(f"{scalar.name} to {scalar.bound!r} by {scalar.step!r}" for scalar in self.scalars)
+        return (
+            f"{self.size} entries clipped to {self.clip!r} in {self.bits} bits, {self.clients} clients, headroom "
+            f"{self.headroom}" + (f"; {scalars}" if scalars else "")
+        )
+
+    @property
     def scale(self) -> float:
         """s, units of an integer in 1."""
         return self._most / self.clip

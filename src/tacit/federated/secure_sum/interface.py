@@ -7,10 +7,36 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tacit.errors import InputError
+from tacit.federated.secure_sum.agreement import DIGEST_BYTES
 from tacit.federated.secure_sum.ring import Ring, Words
 
 VectorOf = Callable[[int], Words | None]
 """The vector of one client of the cohort; ``None`` if the client is lost before it has one."""
+
+
+ABOUT_NOTHING = bytes(DIGEST_BYTES)
+"""The ``application`` of a sum that is of use outside of any run, as in a benchmark."""
+
+
+@dataclass(frozen=True)
+class Safeguards:
+    """What kept a sum from telling more than it should.
+
+    Args:
+        protocol: ``"masked"``, ``"shared"``, or ``"plain"``: nothing.
+        invited: clients in the cohort.
+        minimum: the fewest vectors that the clients let into a sum.
+        holders: clients that hold shares of a client's secrets, or servers that hold shares of its vector.
+        threshold: how many of those it takes to have it back.
+        verified: whether norms of vectors were verified before they were added.
+    """
+
+    protocol: str
+    invited: int
+    minimum: int
+    holders: int
+    threshold: int
+    verified: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,21 +56,31 @@ class Summed:
         survivors: the clients whose vectors are in it, ascending.
         lost: why each other client of the cohort is not.
         traffic: bytes up and down, by client.
-        attestation: what the survivors signed, for whoever audits the round; empty for a plain sum. Of a masked sum it
-            is an encoded `tacit.federated.secure_sum.attestation.Attestation`.
+        safeguards: under which conditions.
+        attestation: what clients (and servers) signed, for whoever audits the round; empty for a plain sum. An encoded
+            `tacit.federated.secure_sum.attestation.Attestation` of a masked sum,
+            `tacit.federated.secure_sum.shared_attestation.SharedAttestation` of a shared one.
     """
 
     total: Words
     survivors: tuple[int, ...]
     lost: Mapping[int, str]
     traffic: Traffic
+    safeguards: Safeguards
     attestation: bytes = b""
 
 
 class SecureSum(Protocol):
     """Sums the vectors of a cohort modulo 2^b; each call is one round, with keys and masks of its own."""
 
-    def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf) -> Summed:
+    def sum(
+        self,
+        ring: Ring,
+        length: int,
+        cohort: Sequence[int],
+        vector_of: VectorOf,
+        application: bytes = ABOUT_NOTHING,
+    ) -> Summed:
         """Run one round.
 
         Args:
@@ -52,6 +88,8 @@ class SecureSum(Protocol):
             length: entries of a vector.
             cohort: the clients, distinct.
             vector_of: called at most once a client, when the protocol is ready for its vector.
+            application: a digest, 32 bytes, of what the sum is for (`tacit.federated.transcript.Purpose`): all that
+                clients sign in the round covers it, and they refuse a round for anything else.
 
         Raises:
             InputError: the settings do not allow a secure sum of this cohort; nothing has been sent.
@@ -64,7 +102,14 @@ class SecureSum(Protocol):
 class PlainSum:
     """The sum in the clear: the server sees every vector. What a secure sum must equal, word for word."""
 
-    def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf) -> Summed:
+    def sum(
+        self,
+        ring: Ring,
+        length: int,
+        cohort: Sequence[int],
+        vector_of: VectorOf,
+        application: bytes = ABOUT_NOTHING,
+    ) -> Summed:
         """See `SecureSum.sum`."""
         if not cohort or len(set(cohort)) != len(cohort):
             raise InputError(f"a cohort of {len(cohort)} clients: give at least one, each once")
@@ -78,4 +123,5 @@ class PlainSum:
         lost = dict.fromkeys(set(cohort) - set(survivors), "no vector")
         size = -(-ring.bits * length // 8)
         traffic = Traffic(dict.fromkeys(survivors, size), {})
-        return Summed(ring.reduce_(total), tuple(sorted(survivors)), lost, traffic)
+        safeguards = Safeguards("plain", len(cohort), 1, 0, 0)
+        return Summed(ring.reduce_(total), tuple(sorted(survivors)), lost, traffic, safeguards)

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tacit.errors import InputError, PeerError, TooFewUpdates
-from tacit.federated.secure_sum.agreement import DIGEST_BYTES
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
-from tacit.federated.secure_sum.interface import Summed, Traffic, VectorOf
+from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Safeguards, Summed, Traffic, VectorOf
 from tacit.federated.secure_sum.messages import ROUND_BYTES, Invite
 from tacit.federated.secure_sum.parameters import choose
 from tacit.federated.secure_sum.ring import Ring
@@ -119,13 +118,11 @@ class MaskedSum:
     Args:
         identities: of all the clients there are, by index.
         policy: what every client insists on.
-        application: a digest of what the sums are about, 32 bytes.
         lost: which clients, by index, are lost and when; for rehearsals.
     """
 
     identities: tuple[Identity, ...] = field(repr=False)
     policy: Policy
-    application: bytes = bytes(DIGEST_BYTES)
     lost: Lost = never
 
     @classmethod
@@ -133,16 +130,23 @@ class MaskedSum:
         """Clients with new identities, all pinned by all."""
         return cls(tuple(Identity.fresh() for _ in range(clients)), policy)
 
-    def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf) -> Summed:
+    def sum(
+        self,
+        ring: Ring,
+        length: int,
+        cohort: Sequence[int],
+        vector_of: VectorOf,
+        application: bytes = ABOUT_NOTHING,
+    ) -> Summed:
         """See `tacit.federated.secure_sum.interface.SecureSum.sum`.
 
         A client's vector is asked for between the exchange of keys and the upload, so training may be done in it.
         """
         if len(set(cohort)) != len(cohort) or not all(0 <= client < len(self.identities) for client in cohort):
             raise InputError(f"the cohort names a client twice or one that is not among the {len(self.identities)}")
-        invite = self.invitation(ring, length, cohort)
+        invite = self.invitation(ring, length, cohort, application)
         pinned = frozenset(identity.public for identity in self.identities)
-        task = Task(ring, length, self.application)
+        task = Task(ring, length, application)
         clients = [MaskedClient(self.identities[c], pinned, self.policy, task, Prg.fresh()) for c in cohort]
         meter = Meter()
         outcome = run_round(
@@ -160,10 +164,11 @@ class MaskedSum:
                 {cohort[number]: count for number, count in meter.up.items()},
                 {cohort[number]: count for number, count in meter.down.items()},
             ),
+            Safeguards("masked", len(cohort), invite.minimum, invite.holders, invite.threshold),
             outcome.attestation.encoded(),
         )
 
-    def invitation(self, ring: Ring, length: int, cohort: Sequence[int]) -> Invite:
+    def invitation(self, ring: Ring, length: int, cohort: Sequence[int], application: bytes = ABOUT_NOTHING) -> Invite:
         """The settings of a new round.
 
         Raises:
@@ -184,5 +189,5 @@ class MaskedSum:
             partners=sharing.partners,
             threshold=sharing.threshold,
             minimum=max(self.policy.minimum, sharing.threshold + 1),
-            application=self.application,
+            application=application,
         )

@@ -13,7 +13,7 @@ from tacit.federated.algorithm import Algorithm, ServerState, Update
 from tacit.federated.central_privacy import CentralPrivacy, bound_of, wrapped
 from tacit.federated.mean import weighted_mean
 from tacit.federated.secure_sum.encoding import Encoding, Scalar
-from tacit.federated.secure_sum.interface import SecureSum, Summed
+from tacit.federated.secure_sum.interface import ABOUT_NOTHING, SecureSum, Summed
 from tacit.federated.secure_sum.ring import Words
 from tacit.ring.prg import Prg
 
@@ -87,6 +87,7 @@ class SecureMean:
         cohort: Sequence[int],
         update_of: UpdateOf,
         rounding_of: Callable[[int], Prg] = lambda client: Prg.fresh(),
+        application_of: Callable[[str], bytes] = lambda agreed: ABOUT_NOTHING,
     ) -> tuple[Update, Summed]:
         """Run one round of the protocol.
 
@@ -98,6 +99,7 @@ class SecureMean:
             update_of: called at most once a client, in the order of the cohort.
             rounding_of: where a client's rounding comes from, which need not be secret: from a seed, the mean is the
                 same each time, for the masks leave no trace in it.
+            application_of: what the sum is for, as `SecureSum.sum` is told, given `Encoding.description`.
 
         Returns:
             The mean as one update, its ``nbytes`` those of all frames to the server; and the sum's own account.
@@ -127,7 +129,8 @@ class SecureMean:
                 update.delta * (kept * weight), (weight, update.examples, loss), rounding_of(client)
             ).words
 
-        summed = self.protocol.sum(encoding.ring, encoding.length, cohort, vector_of)
+        application = application_of(encoding.description)
+        summed = self.protocol.sum(encoding.ring, encoding.length, cohort, vector_of, application)
         total, (weight, examples, loss) = encoding.decode(summed.total)
         mean = Update(
             delta=total.div_(weight),

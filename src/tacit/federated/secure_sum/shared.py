@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tacit.errors import InputError
-from tacit.federated.secure_sum.agreement import DIGEST_BYTES, KeyPair
+from tacit.errors import InputError, TooFewUpdates
+from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.client import Task
-from tacit.federated.secure_sum.interface import Summed, Traffic, VectorOf
+from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Safeguards, Summed, Traffic, VectorOf
 from tacit.federated.secure_sum.masked import Meter
 from tacit.federated.secure_sum.messages import ROUND_BYTES
 from tacit.federated.secure_sum.ring import Ring
+from tacit.federated.secure_sum.shared_attestation import SharedAttestation
 from tacit.federated.secure_sum.shared_client import SharedPolicy, upload
 from tacit.federated.secure_sum.shared_messages import Terms, check_terms
 from tacit.federated.secure_sum.shared_server import Noise, SharedServer, total_of
@@ -52,28 +53,37 @@ class SharedSum:
 
     Args:
         identities: of all the clients there are, by index.
+        alice, bob: the servers' identities, which clients pin.
         minimum: the fewest vectors in a sum, at least 3.
         bound: B, the largest L2 norm of a client's vector of integers, verified on shares (see
             `tacit.federated.secure_sum.shared_bounds`, and `norm_bound` there); 0 to verify nothing.
         noise: what alice and bob each add to the sum, as integers; the encoding's headroom, times its clients, must
             hold both.
-        application: a digest of what the sums are about, 32 bytes.
         meter: what is told of times and bytes, by index of the client.
     """
 
     identities: tuple[Identity, ...] = field(repr=False)
+    alice: Identity
+    bob: Identity
     minimum: int
     bound: int = 0
     noise: Noise | None = None
-    application: bytes = bytes(DIGEST_BYTES)
     meter: Meter = field(default_factory=Meter, repr=False, compare=False)
 
     @classmethod
     def among(cls, clients: int, minimum: int, bound: int = 0) -> SharedSum:
-        """Clients with new identities."""
-        return cls(tuple(Identity.fresh() for _ in range(clients)), minimum, bound)
+        """Clients and servers with new identities."""
+        identities = tuple(Identity.fresh() for _ in range(clients))
+        return cls(identities, Identity.fresh(), Identity.fresh(), minimum, bound)
 
-    def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf) -> Summed:
+    def sum(
+        self,
+        ring: Ring,
+        length: int,
+        cohort: Sequence[int],
+        vector_of: VectorOf,
+        application: bytes = ABOUT_NOTHING,
+    ) -> Summed:
         """See `tacit.federated.secure_sum.interface.SecureSum.sum`.
 
         A client that is lost before it has a vector costs nothing. Those whose vectors are beyond the bound are among
@@ -81,6 +91,8 @@ class SharedSum:
         """
         if len(set(cohort)) != len(cohort) or not all(0 <= client < len(self.identities) for client in cohort):
             raise InputError(f"the cohort names a client twice or one that is not among the {len(self.identities)}")
+        if len(cohort) < self.minimum:
+            raise TooFewUpdates(f"a cohort of {len(cohort)} clients, who ask for {self.minimum} vectors in a sum")
         pairs = {role: KeyPair(Prg.fresh()) for role in Role}
         terms = Terms(
             round=Prg.fresh().bytes(ROUND_BYTES),
@@ -91,12 +103,13 @@ class SharedSum:
             bits=ring.bits,
             minimum=self.minimum,
             bound=self.bound,
-            application=self.application,
+            application=application,
         )
         check_terms(terms)
         alice, bob = (SharedServer(role, terms, pairs[role]) for role in Role)
-        policy = SharedPolicy(self.minimum, terms.alice, terms.bob)
-        policy.require(terms, Task(ring, length, self.application))
+        endorsements = {Role.ALICE: alice.endorse(self.alice), Role.BOB: bob.endorse(self.bob)}
+        policy = SharedPolicy(self.minimum, self.alice.public, self.bob.public)
+        policy.require(terms, Task(ring, length, application), endorsements)
         trio, up, lost = Trio(), dict[int, int](), dict[int, str]()
         for number, client in enumerate(cohort):
             words = vector_of(client)
@@ -114,4 +127,12 @@ class SharedSum:
         with self.meter.server():
             lost |= {cohort[i]: TOO_LONG for i in settle(alice, bob, trio)}
             total = total_of(terms, alice.reveal(self.noise), bob.reveal(self.noise))
-        return Summed(total, tuple(sorted(cohort[i] for i in alice.summed)), lost, Traffic(up, {}))
+            attestation = SharedAttestation.of(alice, alice.attest(self.alice), bob.attest(self.bob))
+        return Summed(
+            total,
+            tuple(sorted(cohort[i] for i in alice.summed)),
+            lost,
+            Traffic(up, {}),
+            Safeguards("shared", len(cohort), self.minimum, 2, 2, verified=self.bound > 0),
+            attestation.encoded(),
+        )

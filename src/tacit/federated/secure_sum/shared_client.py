@@ -7,16 +7,17 @@ key. Either part alone is uniform; whoever relays them can read neither.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tacit.errors import InputError
-from tacit.federated.secure_sum.agreement import KeyPair, sign
+from tacit.federated.secure_sum.agreement import KeyPair, sign, verify
 from tacit.federated.secure_sum.client import Task
 from tacit.federated.secure_sum.messages import MAX_CLIENTS
 from tacit.federated.secure_sum.ring import Words
-from tacit.federated.secure_sum.shared_messages import Part, Terms, check_terms, frame_of, number_of
+from tacit.federated.secure_sum.shared_messages import Part, Terms, check_terms, endorsed, frame_of, number_of
 from tacit.identity import Identity
 from tacit.mpc.steps import Role
 from tacit.ring.prg import SEED_BYTES, Prg
@@ -32,7 +33,7 @@ class SharedPolicy:
 
     Args:
         minimum: the fewest vectors in a sum, at least 3.
-        alice, bob: the servers' keys, pinned.
+        alice, bob: the servers' identities, pinned.
 
     Raises:
         InputError: the minimum is below 3, where a client could take its own vector from the sum of two.
@@ -45,16 +46,27 @@ class SharedPolicy:
     def __post_init__(self) -> None:
         if not 3 <= self.minimum <= MAX_CLIENTS:
             raise InputError(f"minimum={self.minimum}: a sum of fewer than 3 vectors tells one client another's")
+        if self.alice == self.bob:
+            raise InputError("alice and bob are one and the same: whoever has both parts of a vector can read it")
 
-    def require(self, terms: Terms, task: Task) -> None:
+    def require(self, terms: Terms, task: Task, endorsements: Mapping[Role, bytes]) -> None:
         """Check what a client is asked to take part in.
+
+        Args:
+            terms: of the round.
+            task: what the client expects to be asked for.
+            endorsements: what `tacit.federated.secure_sum.shared_server.SharedServer.endorse` gave at each server.
 
         Raises:
             InputError: the terms are not what the client pinned and expects; nothing has been sent.
         """
         check_terms(terms)
-        if (terms.alice, terms.bob) != (self.alice, self.bob):
-            raise InputError("the round's servers are not those that the client has pinned")
+        for role, identity in ((Role.ALICE, self.alice), (Role.BOB, self.bob)):
+            if not verify(identity, terms.transcript, endorsed(role), endorsements.get(role, b"")):
+                raise InputError(
+                    f"the terms, and the key of {role.value} in them, are not signed by the {role.value} that this "
+                    "client has pinned: nothing is sent"
+                )
         if terms.minimum < self.minimum:
             raise InputError(f"the round sums {terms.minimum} vectors or more; the policy asks for {self.minimum}")
         if (terms.ring, terms.length, terms.application) != (task.ring, task.length, task.application):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tacit import wire
 from tacit.errors import CodecError, InputError
 from tacit.federated.secure_sum.agreement import digest
-from tacit.federated.secure_sum.messages import MAX_CLIENTS, MAX_LENGTH, ROUND_BYTES, Client, Count, Digest, Key
+from tacit.federated.secure_sum.messages import MAX_CLIENTS, MAX_LENGTH, ROUND_BYTES, Client, Count, Digest, Key, Mask
 from tacit.federated.secure_sum.messages import Signature as SignatureBytes
 from tacit.federated.secure_sum.ring import Ring
 from tacit.mpc.steps import Role
@@ -91,6 +91,22 @@ class Part(_Message, frozen=True):
     signature: SignatureBytes
 
 
+class Settled(_Message, frozen=True):
+    """A server's word on a round, which it signs for whoever audits it.
+
+    Args:
+        sender: 0 for alice, 1 for bob.
+        transcript: of the round.
+        summed: the clients whose vectors are in its share of the sum.
+        excluded: those whose vectors were beyond the bound.
+    """
+
+    sender: Annotated[int, Meta(ge=0, le=1)]
+    transcript: Digest
+    summed: Mask
+    excluded: Mask
+
+
 class Revealed(_Message, frozen=True):
     """A server's share of the sum, noise included; the residues travel packed in the payload.
 
@@ -113,6 +129,16 @@ _NUMBERS = {Role.ALICE: 0, Role.BOB: 1}
 def number_of(role: Role) -> int:
     """How messages name a server."""
     return _NUMBERS[role]
+
+
+def encode(message: Settled) -> bytes:
+    """A message's one encoding."""
+    return _encoder.encode(message)
+
+
+def endorsed(role: Role) -> bytes:
+    """What a server signs of a round's terms: that they are its own, its key among them."""
+    return b"terms\0" + bytes([number_of(role)])
 
 
 def check_terms(terms: Terms) -> None:

@@ -2,6 +2,9 @@
 
 alice and bob run the same code; what differs is how a part becomes residues. Vectors are handled in batches: the two
 compare which clients' parts both have, check the norms if the terms ask for it, add those that pass, and forget them.
+
+A round lives in memory and under a key of its own. A server that crashes has lost that key, so nobody can have it open
+the parts again and reveal the sum a second time, under other noise.
 """
 
 from __future__ import annotations
@@ -16,19 +19,24 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
 from tacit.errors import CodecError, InputError, PeerError
-from tacit.federated.secure_sum.agreement import KeyPair, digest, verify
+from tacit.federated.secure_sum.agreement import KeyPair, digest, sign, verify
+from tacit.federated.secure_sum.messages import bit_mask
 from tacit.federated.secure_sum.ring import Words
 from tacit.federated.secure_sum.shared_bounds import within
 from tacit.federated.secure_sum.shared_client import NONCE, PURPOSE, signed_content
 from tacit.federated.secure_sum.shared_messages import (
     Part,
     Revealed,
+    Settled,
     Terms,
     check_terms,
+    encode,
+    endorsed,
     frame_of,
     number_of,
     read_frame,
 )
+from tacit.identity import Identity
 from tacit.mpc.steps import Protocol, Role
 from tacit.ring.prg import SEED_BYTES, Prg
 
@@ -37,9 +45,17 @@ Noise = Callable[[int], NDArray[np.int64]]
 """Integers to add to the sum, by its length; drawn afresh at each call."""
 
 
+@dataclass(frozen=True)
+class Proof:
+    """That a client took part: its ephemeral key in the round, signed."""
+
+    key: bytes
+    signature: bytes
+
+
 @dataclass(frozen=True, repr=False)
 class _Held:
-    key: bytes
+    proof: Proof
     content: bytes = field(repr=False)
 
 
@@ -49,7 +65,7 @@ class SharedServer:
     Args:
         role: which of the two.
         terms: of the round.
-        pair: the server's key, whose public half stands in the terms.
+        pair: the server's key of this round, drawn for it and kept nowhere, whose public half stands in the terms.
 
     Raises:
         InputError: the terms contradict each other, or name another key.
@@ -62,10 +78,14 @@ class SharedServer:
         self.role, self.terms = role, terms
         self._pair, self._transcript = pair, terms.transcript
         self._waiting: dict[int, _Held] = {}
-        self._settled: set[int] = set()
+        self._settled: dict[int, Proof] = {}
         self._summed: list[int] = []
         self._total = terms.ring.zeros(terms.length)
         self._open = True
+
+    def endorse(self, identity: Identity) -> bytes:
+        """The server's signature of the terms, without which no client takes part."""
+        return sign(identity, self._transcript, endorsed(self.role))
 
     def receive(self, frame: bytes) -> int:
         """Take a client's part.
@@ -99,13 +119,13 @@ class SharedServer:
             raise CodecError(f"client {number}'s part holds {len(content)} bytes, not {size}")
         if self.role is Role.BOB:
             ring.require_packed(np.frombuffer(content, "<u4"), self.terms.length)
-        self._waiting[number] = _Held(message.key, content)
+        self._waiting[number] = _Held(Proof(message.key, message.signature), content)
         return number
 
     @property
     def claims(self) -> dict[int, bytes]:
         """Whose parts wait, and under which ephemeral keys; public, for the other server."""
-        return {number: held.key for number, held in sorted(self._waiting.items())}
+        return {number: held.proof.key for number, held in sorted(self._waiting.items())}
 
     def common(self, other: Mapping[int, bytes]) -> tuple[int, ...]:
         """The clients whose two parts belong together, ascending, given the other server's `claims`."""
@@ -132,7 +152,7 @@ class SharedServer:
             accepted = [True] * len(numbers)
         for number, good in zip(numbers, accepted, strict=True):
             held = self._waiting.pop(number)
-            self._settled.add(number)
+            self._settled[number] = held.proof
             if not good:
                 continue
             self._summed.append(number)
@@ -163,6 +183,25 @@ class SharedServer:
         message = Revealed(number_of(self.role), self._transcript, _summed(self._summed))
         self._total = ring.zeros(0)
         return frame_of(message, packed.view("<u4").tobytes())
+
+    def attest(self, identity: Identity) -> bytes:
+        """The server's signature, once the sum is revealed, of whose vectors are in it and whose were excluded.
+
+        Raises:
+            PeerError: the sum has not been revealed.
+        """
+        if self._open:
+            raise PeerError("the round is not over: more vectors may be added")
+        n = len(self.terms.identities)
+        summed, excluded = bit_mask(self._summed, n), bit_mask(self._settled.keys() - set(self._summed), n)
+        return sign(
+            identity, self._transcript, encode(Settled(number_of(self.role), self._transcript, summed, excluded))
+        )
+
+    @property
+    def proofs(self) -> dict[int, Proof]:
+        """The signatures of all the clients whose vectors were added or excluded, by number; public."""
+        return dict(sorted(self._settled.items()))
 
     @property
     def summed(self) -> tuple[int, ...]:
