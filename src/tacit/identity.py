@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from tacit import atomic
 from tacit.errors import DataError, InputError
 from tacit.ring.prg import Prg
 
@@ -80,18 +80,8 @@ class Identity:
             InputError: something is there already, or nothing can be written there.
         """
         pem = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        draft = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
         try:
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with open(descriptor, "wb") as stream:
-                    stream.write(pem)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.link(draft, path)  # unlike a rename, refuses to replace what is there
-            finally:
-                draft.unlink()
-            _sync(path.parent)
+            atomic.create(path, pem, 0o600)
         except FileExistsError:
             raise InputError(f"{path} is there already: keys are not overwritten; choose another name") from None
         except OSError as error:
@@ -200,12 +190,3 @@ def _private_key(content: bytes, path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise DataError(f"{path} does not hold an unencrypted Ed25519 private key in PEM: make one by `tacit keys new`")
     return key
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder's names on the disk before going on."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

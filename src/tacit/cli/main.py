@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tacit import __version__
-from tacit.cli import bench
+from tacit.cli import bench, keys
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
 from tacit.cli.train import resume, runs, train
@@ -26,6 +26,7 @@ app.command()(train)
 app.command()(resume)
 app.command()(runs)
 app.command()(cost)
+app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tacit import atomic
 from tacit.errors import DataError, InputError
 from tacit.federated.algorithm import ServerState, Update
 from tacit.federated.layout import Layout
@@ -46,9 +47,9 @@ def save(path: Path, snapshot: Snapshot, run: str) -> None:
     metadata = {"format": _FORMAT, "run": run, "snapshot": json.dumps(_packed(snapshot, "snapshot", tensors))}
     partial = path.with_suffix(".partial")
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, partial, metadata)
-    _sync(partial)
+    atomic.sync(partial)
     os.replace(partial, path)
-    _sync(path.parent)
+    atomic.sync(path.parent)
 
 
 def load(path: Path, fresh: Snapshot, run: str) -> Snapshot:
@@ -116,12 +117,3 @@ def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind in ("list", "tuple", "Size"):
         return {"list": list, "tuple": tuple, "Size": torch.Size}[kind]([_unpacked(x, tensors) for x in content])
     return _RECORDS[kind](**{key: _unpacked(item, tensors) for key, item in content.items()})
-
-
-def _sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

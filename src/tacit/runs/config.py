@@ -6,13 +6,12 @@ values out of range are refused by what they configure, before anything is train
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from tacit.errors import InputError
+from tacit import toml_file
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -284,13 +283,7 @@ def parse(text: str, name: str = "the config") -> Config:
     Raises:
         InputError: it is not TOML, has a section or key that does not exist, or a value of the wrong type.
     """
-    try:
-        return msgspec.toml.decode(text, type=Config)
-    except msgspec.ValidationError as error:
-        where = re.sub(r"^\$\.?", "", _location(str(error))) or "the top level"
-        raise InputError(f"{name}: in {where}: {_complaint(str(error))}; docs/training.md lists every key") from error
-    except msgspec.DecodeError as error:
-        raise InputError(f"{name} is not TOML: {error}") from error
+    return toml_file.typed(toml_file.tables(text, name), Config, "", name, "docs/training.md")
 
 
 def read(path: Path) -> tuple[Config, str]:
@@ -299,17 +292,5 @@ def read(path: Path) -> tuple[Config, str]:
     Raises:
         InputError: the file cannot be read, or see `parse`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    text = toml_file.read(path)
     return parse(text, str(path)), text
-
-
-def _location(error: str) -> str:
-    found = re.search(r"at `([^`]*)`", error)
-    return found[1] if found else ""
-
-
-def _complaint(error: str) -> str:
-    return re.sub(r" - at `[^`]*`$", "", error)
