@@ -9,6 +9,7 @@
     │   ├── UnsupportedOperator   a model uses an operator that has no encrypted form
     │   └── TooFewUpdates      a round of federated training has too few updates to be combined as was asked
     ├── CorrelationError       correlated randomness would be used twice, or out of order
+    ├── StorageFull            the disk, or what may be used of it, is full; nothing was kept
     ├── BudgetExceeded         a release would cost more privacy than is allowed
     ├── TrainingError          round after round no client had anything usable to send
     └── PeerError              another party's process died, went silent or did not keep to the protocol
@@ -45,6 +46,10 @@ class TooFewUpdates(InputError):
 
 class CorrelationError(TacitError):
     """Correlated randomness was asked for twice, or in another order than it was dealt."""
+
+
+class StorageFull(TacitError):
+    """The disk, or the part of it that may be used, is full; nothing was kept of what was to be written."""
 
 
 class BudgetExceeded(TacitError):

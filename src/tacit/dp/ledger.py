@@ -11,16 +11,15 @@ by a version that knows more events than this one makes every later use of the l
 from __future__ import annotations
 
 import hashlib
-import os
-import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sqlite3 import Connection
 
 import msgspec
 
+from tacit.database import Database
 from tacit.dp.accounting import Accountant, Budget, Event, privacy_spent
 from tacit.errors import BudgetExceeded, DataError, InputError
 
@@ -32,8 +31,6 @@ _TABLE = """
         digest BLOB NOT NULL
     ) STRICT
 """
-_STAMPS = {"application_id": _APPLICATION, "user_version": _FORMAT}
-_WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -58,19 +55,12 @@ class Ledger:
 
     def __init__(self, path: str | Path = ":memory:") -> None:
         self._path = str(path)
-        self._process = os.getpid()
         self._spent: dict[str, Counter[Event]] = {}
         self._seen: set[tuple[str, str]] = set()
         self._last, self._digest = 0, b""
-        with self._reported():
-            self._file = sqlite3.connect(self._path, timeout=_WAIT_SECONDS, isolation_level=None)
+        self._file = Database(path, _APPLICATION, _FORMAT, (_TABLE,), self._unusable)
         try:
-            with self._reported():
-                self._file.execute("PRAGMA journal_mode = WAL")
-                self._file.execute("PRAGMA synchronous = FULL")
-            with self._transaction():
-                self._check_format()
-                self._read()
+            self._catch_up()
         except BaseException:
             self._file.close()
             raise
@@ -111,8 +101,8 @@ class Ledger:
             DataError: the ledger is damaged.
         """
         refused = []
-        with self._transaction():
-            self._read()
+        with self._file.transaction() as file:
+            self._read(file)
             number, digest = self._last, self._digest
             for subject, added in events.items():
                 if repeatable and (subject, label) in self._seen:
@@ -127,9 +117,8 @@ class Ledger:
                     number, text = number + 1, msgspec.json.encode(event).decode()
                     digest = _digest(digest, subject, label, text)
                     row = (number, subject, label, text, digest)
-                    self._file.execute("INSERT INTO spending VALUES (?, ?, ?, ?, ?)", row)
-        with self._transaction():
-            self._read()
+                    file.execute("INSERT INTO spending VALUES (?, ?, ?, ?, ?)", row)
+        self._catch_up()
         return tuple(refused)
 
     def events(self, subject: str) -> tuple[Event, ...]:
@@ -144,8 +133,7 @@ class Ledger:
             DataError: the ledger is damaged.
             InputError: δ is out of range.
         """
-        with self._transaction():
-            self._read()
+        self._catch_up()
         return privacy_spent(self.events(subject), delta, accountant)
 
     @property
@@ -157,24 +145,13 @@ class Ledger:
         """Close the file; the ledger is of no use afterwards."""
         self._file.close()
 
-    def _check_format(self) -> None:
-        """Make the table in an empty file; refuse a file that is not a whole ledger of this version."""
-        [application], [version] = (self._file.execute(f"PRAGMA {name}").fetchone() for name in _STAMPS)
-        [tables] = self._file.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if (application, version, tables) == (0, 0, 0):
-            self._file.execute(_TABLE)
-            for name, value in _STAMPS.items():
-                self._file.execute(f"PRAGMA {name} = {value}")
-        elif application != _APPLICATION:
-            raise self._unusable("it is a database of something else")
-        elif version != _FORMAT:
-            raise self._unusable(f"it has format {version} and this version of tacit reads {_FORMAT}")
-        if self._file.execute("PRAGMA quick_check").fetchone() != ("ok",):
-            raise self._unusable("its pages are damaged")
+    def _catch_up(self) -> None:
+        with self._file.transaction() as file:
+            self._read(file)
 
-    def _read(self) -> None:
+    def _read(self, file: Connection) -> None:
         """Take in the rows that were added since the last call."""
-        rows = self._file.execute("SELECT * FROM spending WHERE number > ? ORDER BY number", (self._last,))
+        rows = file.execute("SELECT * FROM spending WHERE number > ? ORDER BY number", (self._last,))
         for number, subject, label, text, digest in rows.fetchall():
             if number != self._last + 1 or digest != _digest(self._digest, subject, label, text):
                 raise self._unusable(f"row {number} is not what was written, or a row before it is missing")
@@ -185,27 +162,6 @@ class Ledger:
             self._spent.setdefault(subject, Counter())[event] += 1
             self._seen.add((subject, label))
             self._last, self._digest = number, digest
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """What is read and written inside is one step for every other process, and on disk when it ends."""
-        if os.getpid() != self._process:
-            raise self._unusable("it was opened before this process was forked: open it anew")
-        with self._reported():
-            self._file.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._file.execute("COMMIT")
-            finally:
-                if self._file.in_transaction:
-                    self._file.execute("ROLLBACK")
-
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._unusable(str(error)) from error
 
     def _unusable(self, why: str) -> DataError:
         return DataError(
