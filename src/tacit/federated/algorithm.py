@@ -114,6 +114,19 @@ class Update:
         return math.isfinite(self.loss) and math.isfinite(float(self.delta.sum()))
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What an algorithm sends beside the model's update, under one name.
+
+    Args:
+        shape: of the tensor.
+        times: how many times as large as an entry of the update one of its entries may be.
+    """
+
+    shape: torch.Size
+    times: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Effort:
     """What a round asks of clients, known before it starts.
@@ -150,6 +163,10 @@ class Algorithm(Protocol):
 
     def effort(self, state: ServerState, sizes: Tensor) -> Effort:
         """What this round asks of clients with ``sizes`` examples (int64, shape ``(M,)``)."""
+        ...
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """What every update of a round carries in its ``extra``, known before the round starts."""
         ...
 
     def combine(self, updates: Iterable[Update]) -> Update:

@@ -7,7 +7,7 @@ estimator f̃_f; Andrew et al. 2021 for the bound that adapts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +19,7 @@ from tacit.dp.clipping import AdaptiveClipping, clip, norm
 from tacit.dp.mechanisms import add_gaussian_
 from tacit.dp.models import refuse_running_statistics
 from tacit.errors import InputError
-from tacit.federated.algorithm import Algorithm, Effort, Memory, ServerState, Update, nbytes
+from tacit.federated.algorithm import Algorithm, Effort, Extra, Memory, ServerState, Update, nbytes
 from tacit.federated.local.dp_sgd import seeded
 from tacit.federated.local.work import LocalSolver
 from tacit.federated.mean import weighted_mean
@@ -117,6 +117,10 @@ class CentralPrivacy:
         shared = {name: tensor for name, tensor in state.shared.items() if name != BOUND}
         effort = self.inner.effort(replace(state, buffers={}, shared=shared), sizes)
         return replace(effort, bytes_up=effort.bytes_up + (0 if self.adaptive is None else _WITHIN_BYTES))
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """b − ½, whether the update was within the bound, if the bound adapts."""
+        return {} if self.adaptive is None else {_WITHIN: Extra(torch.Size())}
 
     def combine(self, updates: Iterable[Update]) -> Update:
         """The clipped updates' sum over the expected cohort, without noise yet; an empty one if there is no update."""

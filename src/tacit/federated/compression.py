@@ -6,7 +6,7 @@ scheme states its error. Buffers and what an algorithm sends beside the vector s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tacit.data.examples import Examples
 from tacit.errors import InputError
-from tacit.federated.algorithm import Algorithm, Effort, Memory, ServerState, Update
+from tacit.federated.algorithm import Algorithm, Effort, Extra, Memory, ServerState, Update
 from tacit.federated.local.work import LocalSolver
 
 ERROR = "compression.error"
@@ -97,6 +97,10 @@ class Compressed:
         effort = self.inner.effort(state, sizes)
         encoded = self.scheme.nbytes(len(state.parameters), state.parameters.dtype)
         return replace(effort, bytes_up=effort.bytes_up - state.parameters.nbytes + encoded)
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """The inner algorithm's, which are not compressed."""
+        return self.inner.extras(state)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         """See `Algorithm`."""

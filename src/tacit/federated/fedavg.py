@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tacit.data.examples import Examples
 from tacit.errors import InputError
-from tacit.federated.algorithm import SCALARS_BYTES, Effort, Memory, ServerState, Update
+from tacit.federated.algorithm import SCALARS_BYTES, Effort, Extra, Memory, ServerState, Update
 from tacit.federated.layout import Layout
 from tacit.federated.local.work import LocalResult, LocalSolver, LocalWork
 from tacit.federated.mean import weighted_mean
@@ -103,6 +103,10 @@ class FedAvg:
     def effort(self, state: ServerState, sizes: Tensor) -> Effort:
         """E passes over the examples; as many bytes as the server sends, and the scalars."""
         return Effort(self.epochs * sizes, state.nbytes + SCALARS_BYTES)
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """None: the update is all that is sent."""
+        return {}
 
     def combine(self, updates: Iterable[Update]) -> Update:
         """The mean of the updates.

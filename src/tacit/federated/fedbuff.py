@@ -5,7 +5,7 @@ Nguyen et al. 2022, *Federated Learning with Buffered Asynchronous Aggregation* 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tacit.data.examples import Examples
 from tacit.errors import InputError
-from tacit.federated.algorithm import Algorithm, Effort, Memory, ServerState, Update
+from tacit.federated.algorithm import Algorithm, Effort, Extra, Memory, ServerState, Update
 from tacit.federated.fedavg import FedAvg, uniform
 from tacit.federated.local.work import LocalSolver
 
@@ -82,6 +82,10 @@ class FedBuff:
     def effort(self, state: ServerState, sizes: Tensor) -> Effort:
         """As the inner algorithm's."""
         return self.inner.effort(state, sizes)
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """As the inner algorithm's."""
+        return self.inner.extras(state)
 
     def discount(self, update: Update, staleness: int) -> Update:
         """The update scaled by s(staleness); its weight stays, so that stale updates make smaller steps."""

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tacit.data.examples import Examples
 from tacit.errors import InputError
-from tacit.federated.algorithm import Algorithm, Effort, Memory, ServerState, Update
+from tacit.federated.algorithm import Algorithm, Effort, Extra, Memory, ServerState, Update
 from tacit.federated.fedavg import FedAvg
 from tacit.federated.layout import Layout, trainable_parameters
 from tacit.federated.local.work import LocalSolver
@@ -122,6 +122,10 @@ class PersonalLayers:
     def effort(self, state: ServerState, sizes: Tensor) -> Effort:
         """That of the inner algorithm, for the bytes of the global layers."""
         return self.averaging.effort(state, sizes)
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """Those of the inner algorithm."""
+        return self.averaging.extras(state)
 
     def combine(self, updates: Iterable[Update]) -> Update:
         """The mean of the global layers' updates."""

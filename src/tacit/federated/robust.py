@@ -3,7 +3,8 @@
 Each is a ``Mean`` for `FedAvg`, such as ``FedAvg(mean=TrimmedMean(0.1))``. What they have in common:
 
 - they look at all the updates of the cohort at once, so memory grows with the cohort (m × D numbers), and they need
-  the updates in clear: they do not go with secure aggregation;
+  the updates in clear: they do not go with secure aggregation, but for `ClippedMean`, since clients can clip
+  themselves;
 - every client counts the same: the number of examples is the client's own word, so weights are ignored;
 - floating-point buffers and counters become their coordinate-wise median, and the reported loss the median loss;
 - updates that carry more than a model (SCAFFOLD's controls) are refused: their sum would not be robust.

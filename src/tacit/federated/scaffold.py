@@ -6,13 +6,14 @@ option II.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from tacit.data.examples import Examples
-from tacit.federated.algorithm import Memory, ServerState, Update
+from tacit.federated.algorithm import Extra, Memory, ServerState, Update
 from tacit.federated.fedavg import FedAvg, Weighting, uniform
 from tacit.federated.local.work import LocalSolver
 
@@ -58,6 +59,10 @@ class Scaffold(FedAvg):
         result = solver(replace(self.work(state, examples, generator), correction=control - own))
         change = (state.parameters - result.parameters).div_(result.steps * self.lr).sub_(control)
         return self.sent(state, result, len(examples), {CONTROL: change}), {CONTROL: own + change}
+
+    def extras(self, state: ServerState) -> Mapping[str, Extra]:
+        """c_k⁺ − c_k, of which entries are at most r / η and those of c, if those of x − y are at most r."""
+        return {CONTROL: Extra(state.parameters.shape, 2 / self.lr)}
 
     def server_update(self, state: ServerState, mean: Update) -> ServerState:
         """The step of `FedAvg`, and that of c."""

@@ -225,7 +225,7 @@ class SecureSum(_Section, frozen=True):
     """The server sees the sum of the updates, and no single one."""
 
     protocol: Literal["masked", "shared"] = "masked"
-    clip: float = 1.0
+    clip: float | None = None
     bits: int = 16
     minimum: int | None = None
 

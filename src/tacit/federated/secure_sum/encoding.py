@@ -29,22 +29,26 @@ _SPREAD = 2.0**-32
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number that each client adds to its vector.
+    """A number, or some numbers of one kind, that each client adds to its vector.
 
     Args:
         name: what an error calls it.
         bound: the largest magnitude a client may give.
         step: what it is rounded to a multiple of; 1 keeps counts exact.
+        count: how many numbers.
 
     Raises:
-        InputError: the bound is less than a step, or not finite, or more than 2^62 steps.
+        InputError: the bound is less than a step, or not finite, or more than 2^62 steps; or there is no number.
     """
 
     name: str
     bound: float
     step: float = 1.0
+    count: int = 1
 
     def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"{self.name}: {self.count} numbers: give 1 or more, or leave it out")
         if not (0 < self.step <= self.bound < math.inf and self.bound / self.step <= 2.0**62):
             raise InputError(f"{self.name}: a bound of {self.bound} in steps of {self.step}: give 0 < step <= bound")
 
@@ -53,15 +57,16 @@ class Scalar:
         """The largest number of steps."""
         return round(self.bound / self.step)
 
-    def steps(self, value: float) -> int:
-        """``value`` in steps, to the nearest.
+    def steps(self, values: Sequence[float]) -> NDArray[np.int64]:
+        """``values`` in steps, to the nearest.
 
         Raises:
-            RangeError: it is not finite or beyond the bound.
+            RangeError: one is not finite or beyond the bound.
         """
-        if not (math.isfinite(value) and abs(value) <= self.bound):
+        array = np.asarray(values, np.float64)
+        if not (np.abs(array) <= self.bound).all():
             raise RangeError(f"{self.name} is not finite or beyond ±{self.bound:g}, its bound in this round")
-        return round(value / self.step)
+        return np.rint(array / self.step).astype(np.int64)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -125,7 +130,9 @@ class Encoding:
     @property
     def description(self) -> str:
         """All of it in a line, equal for equal encodings: what clients and server agree on before a round."""
-        scalars = ", ".join(f"{scalar.name} to {scalar.bound!r} by {scalar.step!r}" for scalar in self.scalars)
+        scalars = ", ".join(
+            f"{scalar.count} × {scalar.name} to {scalar.bound!r} by {scalar.step!r}" for scalar in self.scalars
+        )
         return (
             f"{self.size} entries clipped to {self.clip!r} in {self.bits} bits, {self.clients} clients, headroom "
             f"{self.headroom}" + (f"; {scalars}" if scalars else "")
@@ -144,7 +151,7 @@ class Encoding:
     @property
     def length(self) -> int:
         """Residues of a client's vector: the entries and the digits of the scalars."""
-        return self.size + sum(self._digits(scalar) for scalar in self.scalars)
+        return self.size + sum(scalar.count * self._digits(scalar) for scalar in self.scalars)
 
     @property
     def _most(self) -> int:
@@ -167,7 +174,7 @@ class Encoding:
 
         Args:
             vector: real, finite, shape ``(size,)``.
-            scalars: one for each of ``self.scalars``.
+            scalars: the numbers of each of ``self.scalars``, one after another.
             prg: where the rounding comes from.
 
         Returns:
@@ -177,18 +184,19 @@ class Encoding:
             InputError: the shapes do not fit.
             RangeError: an entry is not finite, or a scalar is beyond its bound.
         """
-        if tuple(vector.shape) != (self.size,) or len(scalars) != len(self.scalars):
+        wanted = sum(scalar.count for scalar in self.scalars)
+        if tuple(vector.shape) != (self.size,) or len(scalars) != wanted:
             raise InputError(
                 f"a vector of shape {tuple(vector.shape)} and {len(scalars)} scalars: this round sums vectors of "
-                f"({self.size},) and {len(self.scalars)}"
+                f"({self.size},) and {wanted}"
             )
         values = vector.detach().numpy()
         result = np.empty(self.length, np.int64)
         clamped = sum(self._round(values, result, start, prg) for start in range(0, self.size, _PIECE))
-        digits = [
-            digit for scalar, value in zip(self.scalars, scalars, strict=True) for digit in self._cut(scalar, value)
-        ]
-        result[self.size :] = digits
+        start, at = self.size, 0
+        for scalar in self.scalars:
+            digits = self._cut(scalar, scalars[at : (at := at + scalar.count)])
+            result[start : (start := start + len(digits))] = digits
         return result, clamped
 
     def _round(self, values: NDArray[np.floating], result: NDArray[np.int64], start: int, prg: Prg) -> int:
@@ -206,10 +214,11 @@ class Encoding:
         result[start : start + len(part)] = part
         return beyond
 
-    def _cut(self, scalar: Scalar, value: float) -> list[int]:
-        steps = scalar.steps(value)
-        width, sign = self.bits - 1, -1 if steps < 0 else 1
-        return [sign * (abs(steps) >> width * i & self._most) for i in range(self._digits(scalar))]
+    def _cut(self, scalar: Scalar, values: Sequence[float]) -> NDArray[np.int64]:
+        steps = scalar.steps(values)[:, None]
+        places = (self.bits - 1) * np.arange(self._digits(scalar))
+        digits = np.sign(steps) * (np.abs(steps) >> places & self._most)
+        return np.asarray(digits.reshape(-1), np.int64)
 
     def encode(self, vector: Tensor, scalars: Sequence[float], prg: Prg) -> Encoded:
         """A client's residues; see `integers`."""
@@ -217,7 +226,7 @@ class Encoding:
         return Encoded(self.ring.residues(integers), clamped)
 
     def decode(self, total: Words) -> tuple[Tensor, tuple[float, ...]]:
-        """The sum of the vectors, float32 of shape ``(size,)``, and the sums of the scalars.
+        """The sum of the vectors, float32 of shape ``(size,)``, and the sums of the scalars, one after another.
 
         Guarantees: without noise, an entry of the sum of n vectors is within n / s of the sum of the clamped entries
         and right in expectation; a scalar is the sum of its multiples of a step.
@@ -230,6 +239,7 @@ class Encoding:
         vector = torch.from_numpy((integers[: self.size] / self.scale).astype(np.float32))
         sums, at = [], self.size
         for scalar in self.scalars:
-            digits = integers[at : (at := at + self._digits(scalar))].tolist()
-            sums.append(scalar.step * sum(digit << (self.bits - 1) * i for i, digit in enumerate(digits)))
+            digits = integers[at : (at := at + scalar.count * self._digits(scalar))]
+            for number in digits.reshape(scalar.count, -1).tolist():
+                sums.append(scalar.step * sum(digit << (self.bits - 1) * i for i, digit in enumerate(number)))
         return vector, tuple(sums)
