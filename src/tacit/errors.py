@@ -12,6 +12,11 @@
     ├── StorageFull            the disk, or what may be used of it, is full; nothing was kept
     ├── BudgetExceeded         a release would cost more privacy than is allowed
     ├── TrainingError          round after round no client had anything usable to send
+    ├── Refused                a party does not answer a request, and says why
+    │   ├── Busy               too much is waiting, or this client asks too often; says when to ask again
+    │   │   └── PoolEmpty      correlated randomness has run out; more is being dealt
+    │   ├── DeadlineExceeded   there was no answer in the time that the caller gave
+    │   └── NotPermitted       the cluster file does not let this identity do that
     └── PeerError              another party's process died, went silent or did not keep to the protocol
         └── CodecError         bytes from elsewhere do not parse
 
@@ -58,6 +63,35 @@ class BudgetExceeded(TacitError):
 
 class TrainingError(TacitError):
     """Federated training cannot go on: round after round, no client had an update that could be used."""
+
+
+class Refused(TacitError):
+    """A party does not answer a request, and says why; nothing of it was computed, or nobody was told the result."""
+
+
+class Busy(Refused):
+    """A party has too much to do, or this client asks too often.
+
+    Args:
+        text: the message.
+        retry_after: seconds after which it is worth asking again, where the party knows.
+    """
+
+    def __init__(self, text: str, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class PoolEmpty(Busy):
+    """The correlated randomness that was dealt ahead for a model has run out."""
+
+
+class DeadlineExceeded(Refused):
+    """There was no answer in the time that the caller gave."""
+
+
+class NotPermitted(Refused):
+    """The cluster file does not let this identity do what it asks for."""
 
 
 class PeerError(TacitError):
