@@ -17,7 +17,8 @@ import torch
 
 from tacit.errors import InputError
 from tacit.federated.history import RoundRecord
-from tacit.report import plots, units
+from tacit.federated.secure_sum.interface import Safeguards
+from tacit.report import plots, rounds, units
 from tacit.report.html import DemoReport, LayerCost, Sample, render, write
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -301,3 +302,43 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_units_are_humane(text: str, expected: str) -> None:
     assert text.replace(units.SPACE, " ") == expected
+
+
+class TestRoundByRound:
+    def test_says_of_each_round_who_took_part_and_how(self) -> None:
+        sums = Safeguards("masked", 5, 4, 4, 3)
+        first = dataclasses.replace(record(1), secure_sum=sums, epsilon=1.25, lost={3: "no vector", 4: "no vector"})
+        failed = dataclasses.replace(record(2, None, None), cohort=(), epsilon=2.5, note="2 clients are left: no sum")
+        written = rounds.table([first, failed])
+        cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr><th scope=\"row\">.*?</tr>", written)]
+        assert re.findall(r"<th scope=\"col\">(.*?)</th>", written)[1:] == [
+            *(
+                "accuracy",
+                "in the mean",
+                "lost",
+                "sum",
+                "at least",
+                "to reveal",
+                "ε",
+                "to the server",
+                "to clients",
+                "note",
+            )
+        ]
+        lost = '<span title="2 no vector">2</span>'
+        sent = ["1.00\N{NO-BREAK SPACE}MB", "2.00\N{NO-BREAK SPACE}MB"]
+        assert cells[0] == ["90.00%", "2", lost, "masked", "4", "3 of 4", "1.250", *sent, "–"]
+        assert cells[1] == ["–", "0", "–", "–", "–", "–", "2.500", *sent, "2 clients are left: no sum"]
+
+    def test_leaves_out_what_no_round_has(self) -> None:
+        written = rounds.table([record(1)])
+        assert "ε" not in written
+        assert "sum" not in re.findall(r"<th scope=\"col\">(.*?)</th>", written)
+        assert "“At least”" not in written
+
+    def test_folds_many_rounds_away_and_trusts_no_text(self) -> None:
+        hostile = dataclasses.replace(record(1), lost={0: HOSTILE}, note=HOSTILE)
+        written = rounds.table([hostile] * 13)
+        assert written.startswith("<details>")
+        assert "<script" not in written
+        assert "<details" not in rounds.table([hostile] * 12)

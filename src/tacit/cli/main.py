@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tacit import __version__
 from tacit.cli import bench, keys
+from tacit.cli.audit import audit
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
 from tacit.cli.train import resume, runs, train
@@ -25,6 +26,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(resume)
 app.command()(runs)
+app.command()(audit)
 app.command()(cost)
 app.add_typer(keys.app, name="keys")
 app.add_typer(bench.app, name="bench")

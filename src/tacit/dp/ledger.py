@@ -136,6 +136,21 @@ class Ledger:
         self._catch_up()
         return privacy_spent(self.events(subject), delta, accountant)
 
+    def rows(self, after: int = 0) -> list[tuple[str, str, str]]:
+        """What was written down, in order: subject, label and the event as JSON.
+
+        Args:
+            after: leave out so many from the beginning.
+
+        Raises:
+            DataError: the ledger is damaged.
+        """
+        with self._transaction():
+            self._read()
+            return self._file.execute(
+                "SELECT subject, label, event FROM spending WHERE number > ? ORDER BY number", (after,)
+            ).fetchall()
+
     @property
     def subjects(self) -> tuple[str, ...]:
         """Everyone of whom something was written down when the ledger was last read."""

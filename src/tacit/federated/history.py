@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tacit.federated.secure_sum.interface import Safeguards
+
 
 @dataclass(frozen=True)
 class RoundRecord:
@@ -24,6 +26,7 @@ class RoundRecord:
         simulated_seconds: the virtual clock at the end of the round; ``None`` without simulated devices.
         epsilon: the privacy spent up to here; ``None`` without differential privacy.
         clients: the model's accuracy at the clients; ``None`` if not evaluated there.
+        secure_sum: how the updates were summed without anybody seeing one; ``None`` if they were not.
         note: why the round failed; empty if it did not.
     """
 
@@ -40,6 +43,7 @@ class RoundRecord:
     simulated_seconds: float | None = None
     epsilon: float | None = None
     clients: ClientAccuracies | None = None
+    secure_sum: Safeguards | None = None
     note: str = ""
 
 

@@ -9,7 +9,7 @@ from html import escape
 from torch import Tensor
 
 from tacit.federated.history import RoundRecord
-from tacit.report import plots
+from tacit.report import plots, rounds
 from tacit.report.data import DemoReport, LayerCost, Sample, TrainingReport
 from tacit.report.units import SPACE, count, duration, percent, plural, scientific, size
 
@@ -68,8 +68,7 @@ def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: floa
     """Write how the federated rounds went, and how the data lay over the clients."""
     masked = ""
     if secure_sum:
-        masked = """ Each sent its changes under masks that cancel only in the sum of all: the server has seen
-that sum, and nobody's own part of it."""
+        masked = _secretly(history)
     clients = len(label_counts)
     drawn = (
         (plots.accuracy(history), "Accuracy of the global model on held-out examples, after each round."),
@@ -91,6 +90,9 @@ that sum, and nobody's own part of it."""
         "sent to clients": size(sum(record.bytes_down for record in history)),
         "time": duration(seconds),
     }
+    minima = {record.secure_sum.minimum for record in history if record.secure_sum}
+    if minima:
+        facts["fewest updates in a sum"] = count(min(minima))
     text = f"""<p>In each round the server sends its model to some of the clients. Each trains it on its own
 examples for a while and sends back only what changed; the server averages the changes. The examples stay
 where they are.{masked}</p>
@@ -100,6 +102,16 @@ where they are.{masked}</p>
 {_facts(facts)}
 </div>"""
     return _section("Training together", text)
+
+
+def _secretly(history: Sequence[RoundRecord]) -> str:
+    """How updates were summed without anybody seeing one."""
+    sums = {record.secure_sum.protocol for record in history if record.secure_sum}
+    if sums == {"shared"}:
+        return """ Each split its changes into two shares, one for each of two servers: they have seen the sum of all,
+and nobody's own part of it."""
+    return """ Each sent its changes under masks that cancel only in the sum of all: the server has seen
+that sum, and nobody's own part of it."""
 
 
 def circumstances(history: Sequence[RoundRecord]) -> str:
@@ -116,6 +128,8 @@ def circumstances(history: Sequence[RoundRecord]) -> str:
     text = _drawn(drawn)
     if reasons:
         text += f"\n<h3>Why clients were lost</h3>\n{_facts(reasons)}"
+    if history:
+        text += f"\n{rounds.table(history)}"
     return _section("What it met and spent", text)
 
 

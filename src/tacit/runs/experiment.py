@@ -20,11 +20,13 @@ from tacit.errors import InputError
 from tacit.federated.evaluation import EarlyStop
 from tacit.federated.fedbuff import FedBuff
 from tacit.federated.history import RoundRecord
+from tacit.federated.parties import Parties
 from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.selection import Selection
 from tacit.report.data import TrainingReport
 from tacit.runs import build, config, tensorboard
 from tacit.runs.data import holdings
+from tacit.runs.folder import RunFolder
 from tacit.runs.listing import flat
 from tacit.runtimes.asynchronous import AsynchronousFederation
 from tacit.runtimes.executors import Executor
@@ -60,21 +62,23 @@ class Experiment:
     notes: list[str]
 
     @contextmanager
-    def running(self, folder: Path) -> Iterator[Federation]:
+    def running(self, folder: RunFolder) -> Iterator[Federation]:
         """The federation, with whatever processes and files it needs while it runs.
 
         Args:
-            folder: of the run; under differential privacy its ledger is written there.
+            folder: of the run; the privacy ledger and the transcript of secure sums are written there.
         """
         settings, sizes = self.config, example_counts(self.clients)
         devices = build.devices(settings, len(self.clients), self.origin)
         selection = build.selection(settings, devices)
         algorithm = build.algorithm(settings, self.model)
-        privacy, private = build.privacy(settings), None
+        privacy, private, ledger = build.privacy(settings), None, None
         with ExitStack() as held:
             if privacy is not None:
-                ledger = held.enter_context(closing(Ledger(folder / "ledger.sqlite")))
-                plan = privacy_plan(self.model, LOSS, sizes, settings.rounds.number, selection, devices, folder.name)
+                ledger = held.enter_context(closing(Ledger(folder.path / "ledger.sqlite")))
+                plan = privacy_plan(
+                    self.model, LOSS, sizes, settings.rounds.number, selection, devices, folder.path.name
+                )
                 private = privacy.start(algorithm, plan, ledger)
             execution = settings.execution
             executor, notes = executor_for(
@@ -85,6 +89,10 @@ class Experiment:
             if isinstance(algorithm, FedBuff):
                 yield self._asynchronous(algorithm, executor, sizes, devices)
             else:
+                parties, transcript, evidence = None, None, folder.evidence
+                if settings.secure_sum is not None:
+                    parties = evidence.parties(len(sizes))
+                    transcript = evidence.writer(folder.config.read_bytes(), parties.coordinator, ledger)
                 yield Federation(
                     self.model,
                     executor,
@@ -92,17 +100,19 @@ class Experiment:
                     algorithm=algorithm,
                     selection=selection,
                     devices=devices,
-                    secure_mean=self._secure_mean(sizes, selection),
+                    secure_mean=self._secure_mean(sizes, selection, parties),
+                    transcript=transcript,
                     private=private,
                     seed=settings.seed,
                     initial=settings.model.initial,
                 )
 
-    def _secure_mean(self, sizes: Tensor, selection: Selection) -> SecureMean | None:
+    def _secure_mean(self, sizes: Tensor, selection: Selection, parties: Parties | None) -> SecureMean | None:
         section = self.config.secure_sum
         if section is None:
             return None
-        return SecureMean(sum_protocol(section.protocol, sizes, selection, section.minimum), section.clip, section.bits)
+        protocol = sum_protocol(section.protocol, sizes, selection, section.minimum, parties)
+        return SecureMean(protocol, section.clip, section.bits)
 
     def _asynchronous(
         self, algorithm: FedBuff, executor: Executor, sizes: Tensor, devices: Devices | None

@@ -9,6 +9,8 @@
     ├── snapshot.safetensors  where training is
     ├── best.safetensors      the model at its best evaluation
     └── model.safetensors     the model after the last round
+
+and, where it is to be audited, what `tacit.runs.evidence` lists.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tacit.errors import DataError, InputError
 from tacit.federated.history import ClientAccuracies, RoundRecord
+from tacit.federated.secure_sum.interface import Safeguards
+from tacit.runs.evidence import Evidence
+from tacit.runtimes.federation import Federation
 
 LOCK_PATIENCE = 5.0
 """Seconds to wait for another process to let go of a run."""
@@ -49,6 +54,7 @@ _COLUMNS = {
     "simulated_seconds": "REAL",
     "epsilon": "REAL",
     "clients": "TEXT",
+    "secure_sum": "TEXT",
     "note": "TEXT NOT NULL",
 }
 
@@ -122,6 +128,11 @@ class RunFolder:
         """What the run's snapshots belong to: a hash of its configuration."""
         return hashlib.sha256(self.config.read_bytes()).hexdigest()
 
+    @property
+    def evidence(self) -> Evidence:
+        """What an audit rests on."""
+        return Evidence(self.path)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training the same run; the lock goes with the process.
@@ -165,11 +176,13 @@ class RunFolder:
             database.execute("DELETE FROM rounds WHERE round > ?", (round,))
         self._write_csv([_row(record) for record in self.history()], append=False)
 
-    def save_model(self, model: nn.Module, name: str) -> None:
-        """Write the parameters and buffers of a model as ``name.safetensors``."""
-        tensors: Mapping[str, Tensor] = model.state_dict()
+    def save_model(self, federation: Federation, name: str) -> None:
+        """Write the global model as ``name.safetensors``, whose metadata says which of its tensors are trained."""
+        tensors: Mapping[str, Tensor] = federation.model().state_dict()
+        state = federation.snapshot.state
+        metadata = {"format": "pt", "trained": json.dumps([*state.layout.names, *state.buffers])}
         partial = self.path / f"{name}.partial"
-        save_file({key: value.clone() for key, value in tensors.items()}, partial)
+        save_file({key: value.clone() for key, value in tensors.items()}, partial, metadata)
         os.replace(partial, self.path / f"{name}.safetensors")
 
     @contextmanager
@@ -198,11 +211,18 @@ def _locks(file: IO[str]) -> bool:
 
 def _row(record: RoundRecord) -> dict[str, Any]:
     row = {field.name: getattr(record, field.name) for field in fields(record)}
-    clients = None if record.clients is None else json.dumps(asdict(record.clients))
-    return row | {"cohort": json.dumps(record.cohort), "lost": json.dumps(dict(record.lost)), "clients": clients}
+    clients, summed = (_json(value) for value in (record.clients, record.secure_sum))
+    lists = {"cohort": json.dumps(record.cohort), "lost": json.dumps(dict(record.lost))}
+    return row | lists | {"clients": clients, "secure_sum": summed}
 
 
 def _record(row: dict[str, Any]) -> RoundRecord:
     clients = None if row["clients"] is None else ClientAccuracies(**json.loads(row["clients"]))
+    summed = None if row["secure_sum"] is None else Safeguards(**json.loads(row["secure_sum"]))
     lost = {int(client): reason for client, reason in json.loads(row["lost"]).items()}
-    return RoundRecord(**row | {"cohort": tuple(json.loads(row["cohort"])), "lost": lost, "clients": clients})
+    lists = {"cohort": tuple(json.loads(row["cohort"])), "lost": lost}
+    return RoundRecord(**row | lists | {"clients": clients, "secure_sum": summed})
+
+
+def _json(value: ClientAccuracies | Safeguards | None) -> str | None:
+    return None if value is None else json.dumps(asdict(value))

@@ -56,6 +56,7 @@ def summary(name: str, history: Sequence[RoundRecord]) -> Summary:
         "epsilon": last.epsilon if last else None,
         "bytes_up": sum(record.bytes_up for record in history),
         "bytes_down": sum(record.bytes_down for record in history),
+        "secure_sum": next((r.secure_sum.protocol for r in reversed(history) if r.secure_sum), None),
         "clients_lost": sum(len(record.lost) for record in history),
         "simulated_seconds": last.simulated_seconds if last else None,
         "seconds": round(sum(record.seconds for record in history), 3),
@@ -96,6 +97,7 @@ def overview(runs: Sequence[Run]) -> list[dict[str, str]]:
             "worst 10 %": _percent(run.summary["worst_decile"]),
             "ε": _number(run.summary["epsilon"], "{:.2f}"),
             "MB sent": _number(run.summary["bytes_up"], "{:,.1f}", 1e6),
+            "sum": str(run.summary["secure_sum"] or _NOTHING),
             "lost": _number(run.summary["clients_lost"] or None, "{}"),
             "simulated": _number(run.summary["simulated_seconds"], "{:,.1f} h", 3600.0),
         }

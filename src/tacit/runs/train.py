@@ -67,7 +67,7 @@ def resume(path: Path, on_round: OnRound | None = None) -> Outcome:
 
 
 def _continue(folder: RunFolder, experiment: Experiment, on_round: OnRound | None) -> Outcome:
-    with folder.locked(), experiment.running(folder.path) as federation, _logs(folder, experiment) as logs:
+    with folder.locked(), experiment.running(folder) as federation, _logs(folder, experiment) as logs:
         if folder.snapshot.exists():
             federation.restore(checkpoint.load(folder.snapshot, federation.snapshot, folder.identity))
         folder.forget_after(federation.round)
@@ -83,13 +83,13 @@ def _continue(folder: RunFolder, experiment: Experiment, on_round: OnRound | Non
             folder.append(record)
             logs.add(record)
             if best_round(history) is record:
-                folder.save_model(federation.model(), "best")
+                folder.save_model(federation, "best")
             if record.round % every == 0:
                 checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
             if on_round is not None:
                 on_round(record, experiment)
         checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
-        folder.save_model(federation.model(), "model")
+        folder.save_model(federation, "model")
     return Outcome(experiment, tuple(history), experiment.stop.reason(history))
 
 

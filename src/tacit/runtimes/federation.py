@@ -23,9 +23,10 @@ from tacit.federated.history import ClientAccuracies, RoundRecord
 from tacit.federated.initial import Initial, initialise
 from tacit.federated.local.work import Loss
 from tacit.federated.privacy import PrivateTraining
-from tacit.federated.secure_sum.interface import Summed
+from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Summed
 from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.selection import Selection
+from tacit.federated.transcript import Spent, Transcript
 from tacit.ring.prg import Prg
 from tacit.runtimes.executors import Executor, Job, Outcome
 
@@ -77,6 +78,7 @@ class Federation:
         selection: which clients are invited to a round.
         devices: simulated devices; ``None``: every client is always there, and takes no time.
         secure_mean: sums the updates without showing the server any of them; ``None``: the server sees each.
+        transcript: where each round is written down, and signed; ``None``: nowhere.
         private: the training under differential privacy, whose algorithm takes the place of ``algorithm`` and whose
             solver, if it has one, the executor uses.
         seed: of the initial weights, the selection and the clients' shuffling.
@@ -97,6 +99,7 @@ class Federation:
         selection: Selection,
         devices: Devices | None = None,
         secure_mean: SecureMean | None = None,
+        transcript: Transcript | None = None,
         private: PrivateTraining | None = None,
         seed: int = 0,
         initial: Initial = "he",
@@ -111,6 +114,7 @@ class Federation:
         self._algorithm = private.algorithm if private else algorithm
         self._private = private
         self._secure_mean = secure_mean
+        self._transcript = transcript
         self._selection = selection if devices is None else devices.policy.invitation(selection, len(sizes))
         self._devices = devices
         self._seed = seed
@@ -184,6 +188,10 @@ class Federation:
         else:
             memories = {**snapshot.memories, **cohort.memories}
             self._snapshot = Snapshot(self._algorithm.server_update(state, mean), memories, clock=plan.end)
+        spent = self._private.spent() if self._private else None
+        if self._transcript is not None:
+            reported = None if spent is None else Spent(spent.epsilon, spent.delta, spent.unit)
+            self._transcript.close(state, self._snapshot.state, summed, reported, note)
         return RoundRecord(
             round=number,
             cohort=tuple(cohort.clients) if mean else (),
@@ -196,7 +204,8 @@ class Federation:
             train_loss=mean.loss if mean and cohort.clients else None,
             lost=lost,
             simulated_seconds=plan.end if self._devices else None,
-            epsilon=self._private.spent().epsilon if self._private else None,
+            epsilon=spent.epsilon if spent else None,
+            secure_sum=summed.safeguards if summed else None,
             note=note,
         )
 
@@ -207,7 +216,7 @@ class Federation:
         if not clients:
             noised = isinstance(self._algorithm, CentralPrivacy)
             return self._algorithm.combine([]) if noised else None, None
-        state = self._snapshot.state
+        state, transcript = self._snapshot.state, self._transcript
         mean, summed = secure_mean.combine(
             self._algorithm,
             state,
@@ -215,6 +224,7 @@ class Federation:
             clients,
             cohort.update_of,
             lambda client: Prg(seed_for(self._seed, "round", state.round + 1, "client", client, "rounding")),
+            lambda agreed: ABOUT_NOTHING if transcript is None else transcript.open(state, agreed),
         )
         cohort.keep(summed)
         return self._algorithm.combine([mean]), summed

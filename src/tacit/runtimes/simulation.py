@@ -24,6 +24,7 @@ from tacit.federated.initial import Initial
 from tacit.federated.local.plain import PlainSolver
 from tacit.federated.local.traced import solver_for
 from tacit.federated.local.work import LocalSolver, Loss
+from tacit.federated.parties import Parties
 from tacit.federated.privacy import Plan, Privacy, PrivacySpent, PrivateTraining
 from tacit.federated.secure_sum.client import Policy
 from tacit.federated.secure_sum.interface import SecureSum
@@ -31,6 +32,7 @@ from tacit.federated.secure_sum.masked import MaskedSum
 from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.secure_sum.shared import SharedSum
 from tacit.federated.selection import Selection, Uniform
+from tacit.identity import Identity
 from tacit.runtimes.executors import Executor
 from tacit.runtimes.federation import Devices, Federation
 from tacit.runtimes.forked import forked
@@ -198,16 +200,23 @@ def secure_mean_for(
     return SecureMean(sum_protocol(secure_sum, sizes, selection))
 
 
-def sum_protocol(name: SumProtocol, sizes: torch.Tensor, selection: Selection, minimum: int | None = None) -> SecureSum:
-    """A secure sum among clients with identities of their own that know one another's.
+def sum_protocol(
+    name: SumProtocol,
+    sizes: torch.Tensor,
+    selection: Selection,
+    minimum: int | None = None,
+    parties: Parties | None = None,
+) -> SecureSum:
+    """A secure sum among clients that know one another's identities: new ones, unless the parties are given.
 
     They insist on ``minimum`` vectors in a sum, or on `LEAST_PART` of the expected cohort.
     """
     least = minimum or max(3, math.ceil(LEAST_PART * selection.expected(sizes)))
+    parties = parties or Parties.simulated(Identity.fresh(), len(sizes))
     if name == "masked":
-        return MaskedSum.among(len(sizes), Policy(least))
+        return MaskedSum(parties.clients, Policy(least))
     if name == "shared":
-        return SharedSum.among(len(sizes), least)
+        return SharedSum(parties.clients, parties.alice, parties.bob, least)
     raise InputError(f"secure_sum={name!r}: choose one of {', '.join(get_args(SumProtocol))}, a SecureMean, or None")
 
 

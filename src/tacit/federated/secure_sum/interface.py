@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tacit.errors import InputError
 from tacit.federated.secure_sum.agreement import DIGEST_BYTES
@@ -23,7 +23,7 @@ class Safeguards:
     """What kept a sum from telling more than it should.
 
     Args:
-        protocol: ``"masked"``, ``"shared"``, or ``"plain"``: nothing.
+        protocol: how the sum was taken; ``"plain"``: in the clear.
         invited: clients in the cohort.
         minimum: the fewest vectors that the clients let into a sum.
         holders: clients that hold shares of a client's secrets, or servers that hold shares of its vector.
@@ -31,7 +31,7 @@ class Safeguards:
         verified: whether norms of vectors were verified before they were added.
     """
 
-    protocol: str
+    protocol: Literal["masked", "shared", "plain"]
     invited: int
     minimum: int
     holders: int
