@@ -155,6 +155,12 @@ class TestInOrder:
             assert (facts.protocol, facts.invited, facts.holders, facts.threshold) == ("masked", 5, 4, 3)
             assert facts.minimum == 4
 
+    def test_an_audit_changes_nothing_and_needs_no_secret(self, run: Path) -> None:
+        (run / "identity.pem").unlink()
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        assert audit(run)[0] == 0
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
     def test_the_secret_key_is_the_owners_to_read(self, left: Path) -> None:
         assert (left / "identity.pem").stat().st_mode & 0o077 == 0
 

@@ -145,11 +145,10 @@ class Ledger:
         Raises:
             DataError: the ledger is damaged.
         """
-        with self._transaction():
-            self._read()
-            return self._file.execute(
-                "SELECT subject, label, event FROM spending WHERE number > ? ORDER BY number", (after,)
-            ).fetchall()
+        with self._file.transaction() as file:
+            self._read(file)
+            chosen = "SELECT subject, label, event FROM spending WHERE number > ? ORDER BY number"
+            return [(subject, label, event) for subject, label, event in file.execute(chosen, (after,))]
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -151,9 +153,13 @@ class Auditor:
             if self._rows:
                 raise PeerError("privacy was charged for, and the run's ledger is missing")
             return
-        with closing(Ledger(path)) as ledger:
-            if list(ledger.rows())[: len(self._rows)] != self._rows:
-                raise PeerError("the privacy ledger holds other charges than the transcript")
+        with TemporaryDirectory() as folder:
+            # Opening a ledger may write to it, and what is audited stays as it is.
+            for part in path.parent.glob("ledger.sqlite*"):
+                shutil.copy(part, folder)
+            with closing(Ledger(Path(folder) / path.name)) as ledger:
+                if ledger.rows()[: len(self._rows)] != self._rows:
+                    raise PeerError("the privacy ledger holds other charges than the transcript")
 
     def _checked_models(self) -> dict[str, int]:
         came = {checked.entry.after: number for number, checked in self._rounds.items()}

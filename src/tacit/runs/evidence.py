@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from tacit.dp.ledger import Ledger
-from tacit.errors import DataError, InputError
+from tacit.errors import DataError, InputError, StorageFull
 from tacit.federated.parties import Parties, Pins
 from tacit.federated.transcript import BEGINNING, Charge, Transcript, entry_digest, run_digest, unseal
 from tacit.identity import Identity, key_text, parse_key
@@ -130,6 +130,8 @@ class Evidence:
                 database.execute("PRAGMA synchronous = FULL")
                 yield database
         except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                raise StorageFull(f"the disk that holds {self.transcript} is full: nothing was written") from error
             raise DataError(f"{self.transcript} is damaged: {error}") from error
 
 
