@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -13,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from links import Links, both
 from tacit.errors import CodecError, CorrelationError, InputError, PeerError, UnsupportedOperator
 from tacit.mpc import sign
 from tacit.mpc.correlation import Part, Party, Provider
 from tacit.mpc.linear import MatMul, Product
-from tacit.mpc.lockstep import Meter, Trio, plan, wire_bytes
+from tacit.mpc.lockstep import Meter, Trio, plan
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.mpc.steps import Enter, Open, Role, Take
 from tacit.party import calls
@@ -26,7 +25,7 @@ from tacit.party.launch import LocalProcesses
 from tacit.party.programs import Program, decode_program, encode_program
 from tacit.party.trainer import ProcessTrainer
 from tacit.party.training import TrainingProgram, decode_training_program, encode_training_program
-from tacit.party.transport import Link, accept, connect, listen
+from tacit.party.transport import accept, connect, listen
 from tacit.program.lowering import Context
 from tacit.program.lowering.backward import PARAMETER_BITS
 from tacit.program.optimizers import Adam, Sgd
@@ -35,29 +34,8 @@ from tacit.program.step import StepProgram
 from tacit.ring.fixed_point import FRACTION_BITS, encode
 from tacit.ring.prg import Prg
 from tacit.trace import Graph, Node, Ref, trace
-from tacit.wire import Kind, head_bytes
 
 TOKEN = bytes(range(16))
-Links = tuple[Link, Link]
-
-
-def both(*work: Callable[[], Any]) -> list[Any]:
-    """Run pieces of work at the same time; what each returned or raised."""
-    results: list[Any] = [None] * len(work)
-
-    def run(number: int) -> None:
-        try:
-            results[number] = work[number]()
-        except Exception as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads), "deadlock"
-    return results
 
 
 @pytest.fixture
@@ -72,95 +50,6 @@ def links() -> Iterator[Links]:
     yield alice, bob
     alice.close()
     bob.close()
-
-
-def values(seed: int) -> list[torch.Tensor]:
-    prg = Prg(seed.to_bytes(16, "big"))
-    words = prg.words((3, 5))
-    return [words, words.T[1:], words.to(torch.uint8), words > 0, prg.words((0, 4)), prg.words((1 << 20,)), words[0, 0]]
-
-
-def test_exchange_adds_words_and_xors_bits_while_large_messages_cross(links: Links) -> None:
-    alice, bob = values(1), values(2)
-    expected = [x + y if x.dtype == torch.int64 else x ^ y for x, y in zip(alice, bob, strict=True)]
-    kept = [value.clone() for value in alice]
-    for _ in range(3):
-        opened = both(lambda: links[0].exchange(alice), lambda: links[1].exchange(bob))
-        for side in opened:
-            assert all(map(torch.equal, side, expected))
-    assert all(map(torch.equal, alice, kept)), "a share was changed while it was sent"
-    assert links[0].bytes_opened == links[1].bytes_opened == 3 * sum(map(wire_bytes, alice))
-
-
-def test_frames_with_a_body_and_known_tensors(links: Links) -> None:
-    alice, bob = links
-    words = torch.arange(6).reshape(2, 3)
-    alice.send(Kind.CALL, [words], b"body")
-    frame = bob.receive(Kind.CALL)
-    assert (frame.body, frame.number) == (b"body", 1)
-    assert torch.equal(frame.tensors[0], words)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ([torch.zeros(4, dtype=torch.int64)], [torch.zeros(5, dtype=torch.int64)]),
-        ([torch.zeros(4, dtype=torch.int64)], [torch.zeros(4, dtype=torch.uint8)]),
-        ([torch.zeros(2, 2, dtype=torch.bool)], [torch.zeros(4, dtype=torch.bool)]),
-    ],
-)
-def test_parties_at_different_steps_refuse_each_other(links: Links, one: Any, other: Any) -> None:
-    def side(link: Link, mine: list[torch.Tensor]) -> Any:
-        try:
-            return link.exchange(mine)
-        finally:
-            link.close()
-
-    for error in both(lambda: side(links[0], one), lambda: side(links[1], other)):
-        assert isinstance(error, PeerError)
-
-
-def test_out_of_turn_frames_are_refused(links: Links) -> None:
-    alice, bob = links
-    alice.send(Kind.CALL)
-    with pytest.raises(CodecError, match="alice sent a frame of kind CALL out of turn"):
-        bob.receive(Kind.REPLY)
-
-
-def test_a_repeated_frame_is_refused() -> None:
-    ours, theirs = socket.socketpair()
-    link = Link(_Tcp(ours), "bob")
-    theirs.sendall(head_bytes(Kind.CALL, 0, []) * 2)
-    assert link.receive(Kind.CALL).number == 0
-    with pytest.raises(CodecError, match="bob sent frame 0 where 1 is next"):
-        link.receive(Kind.CALL)
-    theirs.sendall(b"x" * 30)
-    with pytest.raises(CodecError):
-        link.receive(Kind.CALL)
-    link.close()
-    theirs.close()
-
-
-class _Tcp(socket.socket):
-    """A socket pair's end on which TCP's options do nothing."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
-
-    def setsockopt(self, *options: Any) -> None:
-        pass
-
-
-def test_a_closed_connection_names_the_peer(links: Links) -> None:
-    links[1].close()
-    with pytest.raises(PeerError, match="bob closed the connection"):
-        links[0].exchange([torch.zeros(10, dtype=torch.int64)])
-
-
-def test_a_silent_peer_is_given_up(links: Links) -> None:
-    links[0].patience = 0.05
-    with pytest.raises(PeerError, match=r"bob has been silent for 0\.05 seconds"):
-        links[0].exchange([torch.zeros(10, dtype=torch.int64)])
 
 
 @pytest.mark.parametrize(("name", "token"), [("mallory", TOKEN), ("bob", bytes(16))])

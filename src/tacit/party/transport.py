@@ -12,6 +12,7 @@ import os
 import secrets
 import select
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from tacit.errors import CodecError, PeerError
+from tacit.party.streams import Plain, Stream
+from tacit.party.tls import refusal
 from tacit.wire import (
     MAX_PAYLOAD_BYTES,
     PREFIX_BYTES,
@@ -40,8 +43,6 @@ from tacit.wire import (
 PATIENCE_S = 600.0
 TOKEN_BYTES = 16
 _HOST = "127.0.0.1"
-_VECTOR = 256
-"""Buffers handed to one system call; Linux takes 1024."""
 _SPIN_S = 0.0001
 """How long a link asks again before it sleeps: waking up takes longer than the peer's part of a small round."""
 
@@ -49,16 +50,16 @@ _SPIN_S = 0.0001
 class Link:
     """A connection to one peer.
 
+    A round carries `tag`, which the two set to the same before it: they then know that they are at the same run.
+
     Args:
-        sock: connected; the link owns it from now on.
+        stream: to the peer; the link owns it from now on.
         peer: what errors call the other side.
         patience: seconds without a byte after which the peer counts as gone; ``None`` to wait for ever.
     """
 
-    def __init__(self, sock: socket.socket, peer: str, patience: float | None = PATIENCE_S) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock, self.peer, self.patience = sock, peer, patience
+    def __init__(self, stream: Stream, peer: str, patience: float | None = PATIENCE_S) -> None:
+        self._stream, self.peer, self.patience, self.tag = stream, peer, patience, b""
         self._poll = select.poll()
         self._sent = self._received = 0
         self.bytes_opened = self.bytes_corrections = 0
@@ -70,9 +71,7 @@ class Link:
         Raises:
             PeerError: the peer is gone.
         """
-        outgoing = self._outgoing(kind, tensors, body)
-        while outgoing:
-            self._pump(outgoing, [])
+        self._drain(self._outgoing(kind, tensors, body))
         if kind is Kind.CORRECTIONS:
             self.bytes_corrections += sum(item.nbytes for item in items_of(tensors))
 
@@ -120,23 +119,22 @@ class Link:
         """
         began, waited = time.perf_counter(), self.waited_s
         items = items_of(values)
-        head = head_bytes(Kind.OPEN, self._sent, items)
+        head = head_bytes(Kind.OPEN, self._sent, items, self.tag)
         # Where both have sent as many frames, the peer's head is the same as ours.
-        expected = head if self._sent == self._received else head_bytes(Kind.OPEN, self._received, items)
+        expected = head if self._sent == self._received else head_bytes(Kind.OPEN, self._received, items, self.tag)
         payload = payload_of(values)
         self._sent += 1
         self.bytes_opened += sum(map(len, payload))
         outgoing = [memoryview(head), *payload]
         landing = self._arrive(expected, items, outgoing)
-        while outgoing:
-            self._pump(outgoing, [])
+        self._drain(outgoing)
         opened = tuple(map(_reconstruct, values, landing.raw, items))
         self.moved_s += time.perf_counter() - began - (self.waited_s - waited)
         return opened
 
     def close(self) -> None:
         """Close the connection; the peer's next call fails."""
-        self._sock.close()
+        self._stream.close()
 
     def _outgoing(self, kind: Kind, tensors: Sequence[Tensor], body: bytes) -> list[memoryview]:
         head = head_bytes(kind, self._sent, items_of(tensors), body)
@@ -168,30 +166,26 @@ class Link:
 
     def _pump(self, outgoing: list[memoryview], incoming: list[memoryview]) -> None:
         """Move what can be moved without waiting, or else wait until something can."""
-        moved = False
+        moved, stream = False, self._stream
         try:
-            if outgoing:
-                moved = _advance(outgoing, self._sock.sendmsg(outgoing[:_VECTOR]))
-        except BlockingIOError:
-            pass
-        except OSError:
-            raise self._gone() from None
-        try:
+            if outgoing or stream.unsent:
+                moved = stream.push(outgoing)
             if incoming:
-                count = self._sock.recvmsg_into(incoming[:_VECTOR])[0]
-                if not count:
-                    raise self._gone()
-                moved = _advance(incoming, count)
-        except BlockingIOError:
-            pass
+                moved |= stream.pull(incoming)
+        except ssl.SSLError as error:
+            raise refusal(error, self.peer) from None
         except OSError:
-            raise self._gone() from None
+            raise PeerError(f"{self.peer} closed the connection: its process has ended or failed") from None
         if not moved:
-            self._wait(bool(outgoing), bool(incoming))
+            self._wait(bool(outgoing) or stream.unsent, bool(incoming))
+
+    def _drain(self, outgoing: list[memoryview]) -> None:
+        while outgoing or self._stream.unsent:
+            self._pump(outgoing, [])
 
     def _wait(self, sending: bool, receiving: bool) -> None:
         began = time.perf_counter()
-        self._poll.register(self._sock, (select.POLLOUT if sending else 0) | (select.POLLIN if receiving else 0))
+        self._poll.register(self._stream, (select.POLLOUT if sending else 0) | (select.POLLIN if receiving else 0))
         while not (ready := self._poll.poll(0)) and time.perf_counter() - began < _SPIN_S:
             os.sched_yield()  # the peer may need this very core
         if not ready:
@@ -200,23 +194,8 @@ class Link:
         if not ready:
             raise PeerError(f"{self.peer} has been silent for {self.patience:g} seconds: is it still running?")
 
-    def _gone(self) -> PeerError:
-        return PeerError(f"{self.peer} closed the connection: its process has ended or failed")
-
     def __repr__(self) -> str:
         return f"Link(to {self.peer})"
-
-
-def _advance(views: list[memoryview], count: int) -> bool:
-    """Drop the first ``count`` bytes of a list of buffers."""
-    done = 0
-    while done < len(views) and count >= len(views[done]):
-        count -= len(views[done])
-        done += 1
-    del views[:done]
-    if count:
-        views[0] = views[0][count:]
-    return True
 
 
 def _reconstruct(own: Tensor, raw: Tensor, item: Item) -> Tensor:
@@ -262,7 +241,7 @@ def connect(port: int, name: str, peer: str, token: bytes, patience: float = PAT
         PeerError: nobody listens there, or it is somebody else.
     """
     try:
-        link = Link(socket.create_connection((_HOST, port), timeout=patience), peer, patience)
+        link = Link(Plain(socket.create_connection((_HOST, port), timeout=patience)), peer, patience)
     except OSError as error:
         raise PeerError(f"{peer} cannot be reached on port {port}: {error.strerror or 'no answer'}") from None
     return _greet(link, name, token, {peer}, first=True)
@@ -279,7 +258,7 @@ def accept(listener: socket.socket, name: str, peers: set[str], token: bytes, pa
         sock, _ = listener.accept()
     except TimeoutError:
         raise PeerError(f"none of {', '.join(sorted(peers))} connected within {patience:g} seconds") from None
-    return _greet(Link(sock, "a caller", patience), name, token, peers, first=False)
+    return _greet(Link(Plain(sock), "a caller", patience), name, token, peers, first=False)
 
 
 def _greet(link: Link, name: str, token: bytes, peers: set[str], *, first: bool) -> Link:
