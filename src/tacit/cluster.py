@@ -18,6 +18,7 @@ from tacit.mpc.lockstep import Dealt, Meter, Tap, Trio
 from tacit.mpc.shares import Share, reconstruct, share
 from tacit.program.audit import Audit, audit
 from tacit.program.calibrate import Calibration, calibrate, fingerprint
+from tacit.program.inputs import ModelInput, checked_inputs
 from tacit.program.lowering import Context
 from tacit.program.optimizers import Optimizer, Sgd
 from tacit.program.rewrite import Model, simplify
@@ -130,14 +131,6 @@ class _Program:
     first_number: int
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What one of the model's inputs has to be: the shape of an item, and the dtype to trace for."""
-
-    item_shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class PrivateModel:
     """A model of which alice and bob hold a share each; calling it runs it on shared inputs.
 
@@ -151,7 +144,7 @@ class PrivateModel:
         self._trio, self._prg, self._context = trio, owner, context
         self._plaintext = copy.deepcopy(model).eval()
         self._name = type(model).__name__
-        self._inputs = tuple(_input(example) for example in examples)
+        self._inputs = tuple(ModelInput.of(example) for example in examples)
         self._programs: dict[Shapes, _Program] = {}
         self._dealt: dict[Shapes, deque[Dealt]] = {}
         self._last: Cost | None = None
@@ -238,9 +231,7 @@ class PrivateModel:
         return [value.to(one.dtype) for value, one in zip(given, self._inputs, strict=True)]
 
     def _checked(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        if len(inputs) != len(self._inputs):
-            raise InputError(f"{self._name} was encrypted for {len(self._inputs)} inputs: {len(inputs)} were given")
-        return tuple(_checked(value, one) for value, one in zip(inputs, self._inputs, strict=True))
+        return checked_inputs(inputs, self._inputs, self._name)
 
     def _program(self, shapes: Shapes) -> _Program:
         """The model for inputs of these shapes, traced, planned and loaded when it is first needed."""
@@ -248,7 +239,7 @@ class PrivateModel:
             blanks = tuple(torch.zeros(shape, dtype=one.dtype) for shape, one in zip(shapes, self._inputs, strict=True))
             simple = simplify(Model(*trace(self._plaintext, blanks)))
             sizes = {name: value.shape for name, value in simple.state.items()}
-            known = next((one for one in self._programs.values() if _same(one.simple.state, simple.state)), None)
+            known = next((one for one in self._programs.values() if one.simple.same_state(simple)), None)
             # Weights are numbered from the same place whenever they are the same weights.
             first = known.first_number if known else len(self._trio.alice.weights)
             cost = plan_execution(simple.graph, sizes, shapes, self._context, first)
@@ -269,33 +260,5 @@ class PrivateModel:
         return f"PrivateModel({self._name}, input {shapes}, shared by alice and bob)"
 
 
-def _same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Whether two traces of the model take the same state; constants may follow the input's shape."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 def _shapes(shapes: Sequence[Sequence[int]]) -> Shapes:
     return tuple(tuple(shape) for shape in shapes)
-
-
-def _input(example: Any) -> _Input:
-    # Embeddings take whole numbers, and torch tells them by their dtype.
-    whole = isinstance(example, Tensor) and example.dtype in (torch.int32, torch.int64)
-    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else ()
-    return _Input(shape, torch.int64 if whole else torch.float32)
-
-
-def _checked(inputs: Any, wanted: _Input) -> Tensor:
-    if not isinstance(inputs, Tensor):
-        raise InputError(f"the input is a {type(inputs).__name__}: give a torch.Tensor")
-    if inputs.dim() < 1 or tuple(inputs.shape[1:]) != wanted.item_shape:
-        raise InputError(
-            f"the input has shape {tuple(inputs.shape)}: the model takes (n, {', '.join(map(str, wanted.item_shape))})"
-        )
-    if not len(inputs):
-        raise InputError("the input is an empty batch: give at least one item")
-    if inputs.is_complex() or inputs.dtype == torch.bool:
-        raise InputError(f"the input has dtype {inputs.dtype}: give real numbers, for example float32")
-    if inputs.is_floating_point() and not wanted.dtype.is_floating_point:
-        raise InputError(f"the input has dtype {inputs.dtype}: the model was encrypted for whole numbers")
-    return inputs.detach()

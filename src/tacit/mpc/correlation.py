@@ -123,11 +123,13 @@ class Layout:
     Args:
         fields: all of them.
         uniform: those that are not dealt, which is all that bob expands.
-        nbytes: size of the dealt ones, which is what the provider sends.
+        dealt: those that are, in the order in which the provider sends them.
+        nbytes: size of the dealt ones.
     """
 
     fields: dict[str, Field]
     uniform: dict[str, Field]
+    dealt: dict[str, Field]
     nbytes: int
 
 
@@ -136,7 +138,8 @@ def layout(correlation: Correlation) -> Layout:
     """The layout of a correlation; equal ones have the same."""
     fields = correlation.fields
     uniform = {name: item for name, item in fields.items() if not item.dealt}
-    return Layout(fields, uniform, sum(item.nbytes for item in fields.values() if item.dealt))
+    dealt = {name: item for name, item in fields.items() if item.dealt}
+    return Layout(fields, uniform, dealt, sum(item.nbytes for item in dealt.values()))
 
 
 def expand(prg: Prg, fields: Mapping[str, Field]) -> Part:

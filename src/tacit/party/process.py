@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from tacit.errors import InputError, PeerError, TacitError
-from tacit.mpc.correlation import Correlation, Party, Provider
+from tacit.mpc.correlation import Correlation, Party, Provider, layout
 from tacit.mpc.linear import Weight
 from tacit.mpc.lockstep import Meter
 from tacit.mpc.shares import Share
@@ -207,7 +207,7 @@ class _ProviderProcess(_Process):
         for correlation in correlations:
             _, corrections = self._provider.deal(correlation)
             if corrections:
-                self._bob.send(Kind.CORRECTIONS, [corrections[name] for name in _dealt_fields(correlation)])
+                self._bob.send(Kind.CORRECTIONS, [corrections[name] for name in layout(correlation).dealt])
         return self._bob.bytes_corrections - before
 
     def run(self, call: Run, frame: Frame) -> tuple[Ran, Sequence[Share]]:
@@ -268,11 +268,10 @@ class _PartyProcess(_Process):
 
     def deal(self, correlations: Iterable[Correlation]) -> int:
         for correlation in correlations:
-            fields = correlation.fields
-            names = _dealt_fields(correlation) if self._role is Role.BOB else []
-            items = [Item(fields[name].dtype, fields[name].shape) for name in names]
+            dealt = layout(correlation).dealt if self._role is Role.BOB else {}
+            items = [Item(field.dtype, field.shape) for field in dealt.values()]
             tensors = self._provider.receive_tensors(Kind.CORRECTIONS, items) if items else ()
-            corrections = dict(zip(names, tensors, strict=True))
+            corrections = dict(zip(dealt, tensors, strict=True))
             self._pool.put(correlation, self._party.receive(self._number, correlation, corrections))
             self._number += 1
         return 0
@@ -355,10 +354,6 @@ def _zipped(call: Load, frame: Frame) -> list[tuple[str, torch.Tensor, int]]:
     if not len(call.names) == len(call.scales) == len(frame.tensors):
         raise InputError("a model is loaded with one name and one scale for each tensor")
     return list(zip(call.names, frame.tensors, call.scales, strict=True))
-
-
-def _dealt_fields(correlation: Correlation) -> list[str]:
-    return [name for name, item in correlation.fields.items() if item.dealt]
 
 
 def peak_rss_mb() -> float:

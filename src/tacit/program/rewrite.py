@@ -56,6 +56,11 @@ class Model:
     graph: Graph
     state: dict[str, Tensor]
 
+    def same_state(self, other: Model) -> bool:
+        """Whether another trace of the model takes the same state; constants may follow the input's shape."""
+        mine, theirs = self.state, other.state
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
     def __repr__(self) -> str:
         return f"Model({len(self.graph.nodes)} operators, {len(self.state)} state tensors)"
 

@@ -54,12 +54,24 @@ def load(graph: Graph, state: Mapping[str, Share], first_number: int) -> Protoco
         first_number: weights are numbered from here; see `tacit.mpc.linear.load_weight`.
     """
     names = factors(graph)
-    uses = Counter(name for node in graph.nodes for name in node.refs)
     tasks = [
         Task(name, (), lambda name=name, number=number: load_weight(state[name], number))
         for number, name in enumerate(names, first_number)
     ]
-    loaded = yield from dataflow(tasks, names)
+    weights: dict[str, Weight] = yield from dataflow(tasks, names)
+    return with_weights(graph, state, weights)
+
+
+def with_weights(graph: Graph, state: Mapping[str, Share], weights: Mapping[str, Weight]) -> dict[str, Share | Weight]:
+    """A model's state where its weights are loaded: each with its bias, in the place of its share.
+
+    Args:
+        graph: the program.
+        state: this party's shares of its state.
+        weights: one for each of `factors`.
+    """
+    uses = Counter(name for node in graph.nodes for name in node.refs)
+    loaded = dict(weights)
     for node in graph.nodes:
         if pair := _biased(node, graph, uses):
             weight, bias = pair
