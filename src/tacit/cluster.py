@@ -149,7 +149,8 @@ class PrivateModel:
         self._dealt: dict[Shapes, deque[Dealt]] = {}
         self._last: Cost | None = None
         for name, value in self._plaintext.state_dict().items():
-            encode(value, what=f"{name} of {self._name}")
+            if value.is_floating_point():  # a batch norm counts its batches, and nothing takes the count
+                encode(value, what=f"{name} of {self._name}")
         self._program(tuple(tuple(example.shape) for example in self._checked(examples)))
 
     def __call__(

@@ -105,6 +105,6 @@ class Database:
         try:
             yield
         except sqlite3.Error as error:
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
                 raise StorageFull(f"the disk that holds {self._path} is full: nothing was written") from error
             raise self._unusable(str(error)) from error

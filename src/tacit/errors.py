@@ -100,3 +100,8 @@ class PeerError(TacitError):
 
 class CodecError(PeerError):
     """Bytes that came from elsewhere are not what the format allows."""
+
+
+def one_line(error: TacitError) -> str:
+    """Its message on one line, as it is sent to others and written to logs."""
+    return " ".join(str(error).split())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, TypeVar
@@ -134,7 +134,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Header)
 
 
-def items_of(tensors: Sequence[Tensor]) -> tuple[Item, ...]:
+def items_of(tensors: Iterable[Tensor]) -> tuple[Item, ...]:
     """What a frame announces of these tensors."""
     return tuple(Item(tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
 

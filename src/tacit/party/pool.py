@@ -276,6 +276,13 @@ class PoolStore:
         with self._guard, self._ledger.transaction() as ledger:
             return [serial for (serial,) in ledger.execute(query, (model, batch)).fetchall()]
 
+    def seen(self, model: str, batch: int) -> int:
+        """The largest serial that ever came, -1 if none did."""
+        query = "SELECT serial FROM seen WHERE model = ? AND batch = ?"
+        with self._guard, self._ledger.transaction() as ledger:
+            row = ledger.execute(query, (model, batch)).fetchone()
+        return int(row[0]) if row else -1
+
     @property
     def room(self) -> int:
         """How many bytes more the pool may take."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tacit.errors import InputError, PeerError, TacitError
+from tacit.errors import InputError, PeerError, TacitError, one_line
 from tacit.mpc.correlation import Correlation, Party, Provider, layout
 from tacit.mpc.linear import Weight
 from tacit.mpc.lockstep import Meter
@@ -413,5 +413,5 @@ def _answered(process: _Process, launcher: Link) -> bool:
 def _failure(error: Exception) -> Failure:
     """What may be said of an error: tacit's own messages hold no secrets, others might."""
     if isinstance(error, TacitError):
-        return Failure(" ".join(str(error).split()), isinstance(error, PeerError))
+        return Failure(one_line(error), isinstance(error, PeerError))
     return Failure(f"{type(error).__name__} in its own code, see its traceback")

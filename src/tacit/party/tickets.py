@@ -6,6 +6,7 @@ moment the provider draws them until the run is over; its *name* is never given 
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,8 @@ def check_ticket(model: str, batch: int, serial: int = 0) -> Ticket:
 class DealtLedger:
     """The provider's record: which serials are taken, and nothing else of any ticket.
 
+    Threads and processes may share it.
+
     Args:
         folder: made if it is missing.
 
@@ -74,7 +77,8 @@ class DealtLedger:
         folder = Path(folder)
         atomic.make_private(folder)
         self._path = folder / "dealt.sqlite"
-        self._file = Database(self._path, _APPLICATION, _FORMAT, _SCHEMA, self._unusable)
+        self._guard = threading.Lock()
+        self._file = Database(self._path, _APPLICATION, _FORMAT, _SCHEMA, self._unusable, shared=True)
 
     def next(self, model: str, batch: int, count: int = 1, above: int = -1) -> list[Ticket]:
         """Take the next serials; that they are taken is on the disk before this returns.
@@ -96,7 +100,7 @@ class DealtLedger:
         if count < 1:
             raise InputError(f"{count} tickets were asked for: 1 or more")
         check_ticket(model, batch)
-        with self._file.transaction() as file:
+        with self._guard, self._file.transaction() as file:
             row = file.execute("SELECT next FROM dealt WHERE model = ? AND batch = ?", (model, batch)).fetchone()
             first = max(row[0] if row else 0, above + 1)
             tickets = [check_ticket(model, batch, serial) for serial in range(first, first + count)]
@@ -108,7 +112,7 @@ class DealtLedger:
 
     def dealt(self) -> dict[tuple[str, int], int]:
         """How many serials are taken, by model and batch size."""
-        with self._file.transaction() as file:
+        with self._guard, self._file.transaction() as file:
             return {(model, batch): taken for model, batch, taken in file.execute("SELECT * FROM dealt").fetchall()}
 
     def close(self) -> None:
