@@ -87,6 +87,7 @@ class _Chain:
         self._run, self._pins = run, pins
         self._head = BEGINNING
         self._models: list[bytes] = []
+        self._latest = 0
         self._sums: set[bytes] = set()
         self._spent: Spent | None = None
         self._indices = pins.index_of()
@@ -102,7 +103,7 @@ class _Chain:
             )
         if not self._models:
             self._models = [purpose.model]
-        again = purpose.round < len(self._models)
+        again = purpose.round <= self._latest
         if purpose.round > len(self._models):
             raise PeerError(f"round {len(self._models)} should follow")
         # What was run again takes the place of what came of it before.
@@ -113,6 +114,7 @@ class _Chain:
         self._check_privacy(entry)
         self._head = checked.digest
         self._models.append(entry.after)
+        self._latest = max(self._latest, purpose.round)
         return checked
 
     def _checked(self, place: int, digest: bytes, entry: Entry, again: bool) -> Checked:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -219,6 +220,11 @@ class SharedServer:
         else:
             self.terms.ring.add_packed(np.frombuffer(held.content, "<u4"), words)
         return words
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise InputError(
+            "a server of a shared sum cannot be copied: the sum would be revealed twice, under other noise"
+        )
 
     def __repr__(self) -> str:
         return f"SharedServer({self.role.value}, {len(self._summed)} vectors added, {len(self._waiting)} waiting)"
