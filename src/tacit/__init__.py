@@ -12,21 +12,24 @@ seen in the clear.
 from tacit.cluster import Cluster, PrivateModel, cluster
 from tacit.data.examples import Examples
 from tacit.errors import TacitError
+from tacit.federated.distributed_dp import DistributedDP
 from tacit.federated.fedavg import FedAvg
 from tacit.federated.privacy import CentralDP, RecordDP
-from tacit.runtimes.simulation import FederatedRun, federate
+from tacit.runtimes.simulation import FederatedRun, SumSettings, federate
 from tacit.tensor import PrivateTensor, share_module, tensor
 
 __version__ = "0.1.0"
 __all__ = [
     "CentralDP",
     "Cluster",
+    "DistributedDP",
     "Examples",
     "FedAvg",
     "FederatedRun",
     "PrivateModel",
     "PrivateTensor",
     "RecordDP",
+    "SumSettings",
     "TacitError",
     "cluster",
     "federate",

@@ -237,16 +237,14 @@ def test_central_privacy_over_a_masked_sum() -> None:
 
 def test_rounding_never_takes_an_update_beyond_the_bound_of_its_noise() -> None:
     class Watching(PlainSum):
-        def sum(
-            self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf, application: bytes = bytes(32)
-        ) -> Summed:
+        def sum(self, ring: Ring, length: int, cohort: Sequence[int], vector_of: VectorOf, *settings: object) -> Summed:
             def watched(client: int) -> Words | None:
                 words = vector_of(client)
                 assert words is not None
                 norms.append(float(torch.from_numpy(ring.signed(words)[:21] * unit).norm()))
                 return words
 
-            return super().sum(ring, length, cohort, watched, application)
+            return super().sum(ring, length, cohort, watched, *settings)
 
     norms: list[float] = []
     unit = 0.1 / (2**7 - 1)

@@ -88,6 +88,13 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     assert outcome.history[-1].clients.count == 6
 
 
+def _private(keys: str, *more: str) -> str:
+    """The beginning of a config with distributed privacy, or that of another level."""
+    level = more[0] if more and more[0] in ("client", "record") else "distributed"
+    rest = "\n".join(more[level != "distributed" :])
+    return f'[privacy]\nlevel = "{level}"\n{keys}\n{rest}\n[data]'
+
+
 VARIANTS = {
     "scaffold": '[algorithm]\nname = "scaffold"\n',
     "ditto with top-k": '[algorithm]\nname = "ditto"\n[compression]\nscheme = "topk"\nfraction = 0.1\n',
@@ -99,6 +106,10 @@ VARIANTS = {
     "masked": "[secure_sum]\nminimum = 3\n",
     "adaptive": '[privacy]\nnoise_multiplier = 0.3\nquantile = 0.5\naccountant = "pld"\nnoise_seed = 7\n',
     "record": '[privacy]\nlevel = "record"\ntarget_epsilon = 8.0\nparticipations = 3\nnoise_seed = 7\n',
+    "distributed": '[secure_sum]\nminimum = 3\n[privacy]\nlevel = "distributed"\ntarget_epsilon = 8.0\nclip = 0.5\n'
+    "noise_seed = 7\n",
+    "distributed, verified": '[secure_sum]\nprotocol = "shared"\nminimum = 3\nbits = 12\nverified = true\n[privacy]\n'
+    'level = "distributed"\nnoise = "discrete-gaussian"\nnoise_multiplier = 2.0\nclip = 0.5\nnoise_seed = 7\n',
     "private": "[privacy]\nnoise_multiplier = 1.0\nclip = 0.5\nnoise_seed = 7\n",
 }
 
@@ -121,7 +132,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit_the_same(tmp_path: Path, variant:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["", VARIANTS["scaffold"], "[execution]\nprocesses = 2\n"])
+@pytest.mark.parametrize("variant", ["", VARIANTS["scaffold"], VARIANTS["distributed"], "[execution]\nprocesses = 2\n"])
 def test_a_killed_run_goes_on_bit_by_bit_the_same(tmp_path: Path, variant: str) -> None:
     config = written(tmp_path, BASE.replace("number = 5", "number = 40\ncheckpoint_every = 3") + variant)
     whole = start(config, tmp_path / "whole")
@@ -212,6 +223,16 @@ def test_a_changed_config_or_a_damaged_snapshot_is_refused(tmp_path: Path) -> No
         ('"uniform"', '"availability"', r"add \[devices\]"),
         ("cohort = 4", "cohort = 30", "cohort=30: choose between 1 and the number of clients, 6"),
         ("number = 5", "number = 0", "rounds.number=0"),
+        ("[data]", _private("noise_multiplier = 1.0\nquantile = 0.5"), "privacy.quantile lets the bound .* 'client'"),
+        ("[data]", _private("noise_multiplier = 1.0\nparticipations = 2"), "privacy.participations .* 'record'"),
+        ("[data]", _private("noise_multiplier = 1.0", "client", 'noise = "skellam"'), "privacy.noise .* 'distributed'"),
+        ("[data]", _private("noise_multiplier = 1.0", "record", "colluding = 2"), "privacy.colluding .* 'distributed'"),
+        ("[data]", _private("noise_multiplier = 1.0", '[mean]\nname = "weighted"'), "mean.by = 'examples' weighs"),
+        ("[data]", _private("noise_multiplier = 0.0"), "that is no privacy"),
+        ("[data]", _private('noise_multiplier = 1.0\naccountant = "pld"'), "does not know sums with integer noise"),
+        ("[data]", _private("target_epsilon = 8.0"), "give secure_sum='masked' or 'shared'"),
+        ("[data]", _private("target_epsilon = 8.0", "[secure_sum]\nminimum = 5"), "asks for 5 updates, and 4 clients"),
+        ("[data]", "[secure_sum]\nverified = true\n[data]", "take two servers"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -221,11 +242,13 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path, old: str,
     assert not (tmp_path / "run" / "snapshot.safetensors").exists()
 
 
-def test_the_budget_stops_the_run_before_the_round_and_the_run_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", ["client", "distributed"])
+def test_the_budget_stops_the_run_before_the_round_and_the_run_is_kept(tmp_path: Path, level: str) -> None:
     from tacit.errors import BudgetExceeded  # noqa: PLC0415
 
     run = tmp_path / "run"
     text = BASE.replace("number = 5", "number = 50") + "[privacy]\nnoise_multiplier = 2.0\nbudget = 6.0\n"
+    text += f'level = "{level}"\n' + ("" if level == "client" else "[secure_sum]\nminimum = 3\n")
     with pytest.raises(BudgetExceeded):
         start(written(tmp_path, text), run)
     history = RunFolder.open(run).history()

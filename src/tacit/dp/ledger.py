@@ -75,12 +75,22 @@ class Ledger:
             DataError: the ledger is damaged.
         """
         if self.spend_each({subject: [event]}, label, limit, repeatable=repeatable) and limit is not None:
-            budget = limit.budget
-            spent = privacy_spent(self.events(subject), budget.delta, limit.accountant)
-            raise BudgetExceeded(
-                f"{label} would take {subject!r} over its privacy budget of ε = {budget.epsilon:g} at δ = "
-                f"{budget.delta:g}, of which ε = {spent:.4g} is spent: stop here, or decide on a larger budget"
-            )
+            raise self._exceeded(subject, label, limit)
+
+    def afford(
+        self, subject: str, event: Event, label: str, limit: Limit | None = None, *, repeatable: bool = False
+    ) -> None:
+        """Refuse what `spend` would refuse now, and write nothing down.
+
+        Raises:
+            BudgetExceeded: ``event`` would exceed the limit.
+            DataError: the ledger is damaged.
+        """
+        self._catch_up()
+        if limit is None or (repeatable and (subject, label) in self._seen):
+            return
+        if not self._fits(subject, [event], limit):
+            raise self._exceeded(subject, label, limit)
 
     def spend_each(
         self, events: Mapping[str, Sequence[Event]], label: str, limit: Limit | None = None, *, repeatable: bool = False
@@ -107,12 +117,9 @@ class Ledger:
             for subject, added in events.items():
                 if repeatable and (subject, label) in self._seen:
                     continue
-                if limit is not None:
-                    after = privacy_spent([*self.events(subject), *added], limit.budget.delta, limit.accountant)
-                    # Written so that a NaN is refused.
-                    if not after <= limit.budget.epsilon:
-                        refused.append(subject)
-                        continue
+                if limit is not None and not self._fits(subject, added, limit):
+                    refused.append(subject)
+                    continue
                 for event in added:
                     number, text = number + 1, msgspec.json.encode(event).decode()
                     digest = _digest(digest, subject, label, text)
@@ -158,6 +165,19 @@ class Ledger:
     def close(self) -> None:
         """Close the file; the ledger is of no use afterwards."""
         self._file.close()
+
+    def _fits(self, subject: str, added: Sequence[Event], limit: Limit) -> bool:
+        after = privacy_spent([*self.events(subject), *added], limit.budget.delta, limit.accountant)
+        # A NaN does not.
+        return after <= limit.budget.epsilon
+
+    def _exceeded(self, subject: str, label: str, limit: Limit) -> BudgetExceeded:
+        budget = limit.budget
+        spent = privacy_spent(self.events(subject), budget.delta, limit.accountant)
+        return BudgetExceeded(
+            f"{label} would take {subject!r} over its privacy budget of ε = {budget.epsilon:g} at δ = "
+            f"{budget.delta:g}, of which ε = {spent:.4g} is spent: stop here, or decide on a larger budget"
+        )
 
     def _catch_up(self) -> None:
         with self._file.transaction() as file:

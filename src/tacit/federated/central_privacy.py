@@ -13,15 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from tacit.data.examples import Examples
 from tacit.dp.accounting import SampledGaussian
-from tacit.dp.clipping import AdaptiveClipping, clip, norm
+from tacit.dp.clipping import AdaptiveClipping, norm
 from tacit.dp.mechanisms import add_gaussian_
-from tacit.dp.models import refuse_running_statistics
 from tacit.errors import InputError
-from tacit.federated.algorithm import Algorithm, Effort, Extra, Memory, ServerState, Update, nbytes
+from tacit.federated.algorithm import Effort, Extra, ServerState, Update
+from tacit.federated.client_privacy import ClientPrivacy
 from tacit.federated.local.dp_sgd import seeded
-from tacit.federated.local.work import LocalSolver
 from tacit.federated.mean import weighted_mean
 from tacit.ring.prg import Prg
 
@@ -31,23 +29,23 @@ _WITHIN, _WITHIN_BYTES = "privacy/within", 8
 
 
 @dataclass(frozen=True)
-class CentralPrivacy:
-    """Any algorithm whose clients send an update of the model and nothing else, made differentially private.
+class CentralPrivacy(ClientPrivacy):
+    """An algorithm made differentially private by noise that the server adds.
 
     In round t, with m the expected cohort::
 
         client:  Δ_k ← clip(Δ_k of the inner algorithm, S)
         server:  Δ ← (Σ_k Δ_k + N(0, (z S)²)) / m,  then the inner algorithm's server step with Δ
 
-    Every client weighs the same, and the sum is divided by m however many clients there were, so that one client
-    changes the sum by at most S. The noise is added also when no client finished. Buffers never leave the clients.
+    The sum is divided by m however many clients there were, so that one client changes the sum by at most S. The noise
+    is added also when no client finished.
 
     *Guarantees*: the sequence of global models costs one Gaussian mechanism of noise multiplier z a round, on a Poisson
-    sample if that is how the cohort was drawn. It has to be the outermost wrapper: what changes an update after
-    clipping voids it. What else the server records (losses, numbers of examples, who took part) is not covered.
+    sample if that is how the cohort was drawn. What else the server records (losses, numbers of examples, who took
+    part) is not covered.
 
     Args:
-        inner: the algorithm.
+        inner: see `ClientPrivacy`.
         clip: S, the greatest norm of a client's update; the first bound if it adapts.
         noise_multiplier: z; 0 is clipping without privacy.
         expected_cohort: m, such as the cohort's size, or q N for Poisson selection.
@@ -59,16 +57,13 @@ class CentralPrivacy:
         InputError: a setting is out of range, or the inner algorithm does not average.
     """
 
-    inner: Algorithm
-    clip: float
     noise_multiplier: float
     expected_cohort: float
     adaptive: AdaptiveClipping | None = None
     noise_seed: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not (self.clip > 0 and math.isfinite(self.clip)):
-            raise InputError(f"clip={self.clip}: the bound on a client's update is a number above 0, such as 0.5")
+        super().__post_init__()
         if not (self.expected_cohort > 0 and math.isfinite(self.expected_cohort)):
             raise InputError(f"expected_cohort={self.expected_cohort}: the expected number of clients is above 0")
         SampledGaussian(self.noise_multiplier)
@@ -76,50 +71,30 @@ class CentralPrivacy:
             seeded(self.noise_seed)
         if self.adaptive is not None:
             self.adaptive.update_noise_multiplier(self.noise_multiplier, self.expected_cohort)
-        for algorithm in wrapped(self.inner):
-            if getattr(algorithm, "mean", weighted_mean) is not weighted_mean:
-                raise InputError(f"{algorithm} replaces the mean: what is clipped and noised has to be a plain sum")
 
     def init(self, model: nn.Module, clients: int) -> ServerState:
-        """See `Algorithm`.
+        """See `ClientPrivacy.init`."""
+        return self._with_bound(super().init(model, clients), self.clip)
 
-        Raises:
-            InputError: the clients would send the running statistics of batch normalisation.
-        """
-        state = self.inner.init(model, clients)
-        refuse_running_statistics(model, state.buffers)
-        return self._with_bound(state, self.clip)
+    def bound(self, state: ServerState) -> float:
+        """S of the coming round."""
+        return float(state.shared[BOUND])
 
-    def client_update(
-        self, state: ServerState, memory: Memory, solver: LocalSolver, examples: Examples, generator: torch.Generator
-    ) -> tuple[Update, Memory]:
-        """See `Algorithm`.
-
-        Raises:
-            InputError: the inner algorithm sends more than an update of the model.
-        """
-        update, memory = self.inner.client_update(state, memory, solver, examples, generator)
-        if update.extra:
-            raise InputError(
-                f"{self.inner} sends {', '.join(update.extra)} beside the model's update, which no noise would cover: "
-                "choose an algorithm that sends the update alone, such as FedAvg or FedProx"
-            )
-        bound = bound_of(state)
-        extra = {}
-        if self.adaptive is not None:
-            extra[_WITHIN] = torch.tensor(0.5 if norm(update.delta) <= bound else -0.5, dtype=torch.float64)
-        sent = update.nbytes - nbytes(update.buffers) + nbytes(extra)
-        clipped = clip(update.delta, bound)
-        return replace(update, delta=clipped, buffers={}, weight=1.0, extra=extra, nbytes=sent), memory
+    def beside(self, state: ServerState, update: Update) -> Mapping[str, Tensor]:
+        """b − ½, whether the update was within the bound, if the bound adapts."""
+        if self.adaptive is None:
+            return {}
+        within = 0.5 if norm(update.delta) <= self.bound(state) else -0.5
+        return {_WITHIN: torch.tensor(within, dtype=torch.float64)}
 
     def effort(self, state: ServerState, sizes: Tensor) -> Effort:
         """The inner algorithm's, without buffers."""
         shared = {name: tensor for name, tensor in state.shared.items() if name != BOUND}
-        effort = self.inner.effort(replace(state, buffers={}, shared=shared), sizes)
+        effort = super().effort(replace(state, shared=shared), sizes)
         return replace(effort, bytes_up=effort.bytes_up + (0 if self.adaptive is None else _WITHIN_BYTES))
 
     def extras(self, state: ServerState) -> Mapping[str, Extra]:
-        """b − ½, whether the update was within the bound, if the bound adapts."""
+        """b − ½, if the bound adapts."""
         return {} if self.adaptive is None else {_WITHIN: Extra(torch.Size())}
 
     def combine(self, updates: Iterable[Update]) -> Update:
@@ -134,7 +109,7 @@ class CentralPrivacy:
     def server_update(self, state: ServerState, mean: Update) -> ServerState:
         """Add the noise and apply the result; each round's noise is drawn once, here."""
         prg = Prg.fresh() if self.noise_seed is None else seeded(self.noise_seed).derive("central", state.round)
-        bound, multiplier = bound_of(state), self.noise_multiplier
+        bound, multiplier = self.bound(state), self.noise_multiplier
         if self.adaptive is not None:
             multiplier = self.adaptive.update_noise_multiplier(multiplier, self.expected_cohort)
         delta = mean.delta.clone() if mean.delta.numel() else torch.zeros_like(state.parameters)
@@ -152,19 +127,6 @@ class CentralPrivacy:
 
     def _with_bound(self, state: ServerState, bound: float) -> ServerState:
         return replace(state, shared={**state.shared, BOUND: torch.tensor(bound, dtype=torch.float64)})
-
-
-def wrapped(algorithm: Algorithm) -> Iterable[Algorithm]:
-    """An algorithm and those that it builds on, from the outermost in."""
-    yield algorithm
-    for attribute in ("inner", "averaging"):
-        if hasattr(algorithm, attribute):
-            yield from wrapped(getattr(algorithm, attribute))
-
-
-def bound_of(state: ServerState) -> float:
-    """S of the coming round."""
-    return float(state.shared[BOUND])
 
 
 def _chained(first: Update, remaining: Iterable[Update]) -> Iterable[Update]:

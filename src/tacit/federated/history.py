@@ -15,13 +15,13 @@ class RoundRecord:
     Args:
         round: its number, from 1.
         cohort: indices of the clients whose updates were used, ascending; empty if the round failed.
-        examples: how many examples they trained on in all.
+        examples: how many examples they trained on in all; 0 if nobody was told.
         loss: mean loss of the new global model on the held-out examples; ``None`` if not evaluated.
         accuracy: fraction of held-out examples classified correctly, in [0, 1]; ``None`` if not evaluated.
         bytes_up: bytes of the updates sent to the server, all clients together.
         bytes_down: bytes of the global model sent to the clients invited, all together.
         seconds: wall-clock time of the round, evaluation included.
-        train_loss: mean loss of the cohort's examples while training; ``None`` if the round failed.
+        train_loss: mean loss of the cohort's examples while training; ``None`` if the round failed, or nobody was told.
         lost: why each client that was invited, but is not of the cohort, took no part.
         simulated_seconds: the virtual clock at the end of the round; ``None`` without simulated devices.
         epsilon: the privacy spent up to here; ``None`` without differential privacy.

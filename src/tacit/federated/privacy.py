@@ -6,6 +6,7 @@ What a run asks of it, in this order::
     train with private.algorithm, and with private.solver where there is one
     each round:  refused = private.spend(round, cohort)     # before anything is trained; may raise BudgetExceeded
                  …                                          # a round without any update is combined and applied too
+                 private.opening(round, finished)           # before a secure sum is opened
                  private.spent()                            # for the record
 """
 
@@ -28,6 +29,7 @@ from tacit.federated.central_privacy import CentralPrivacy
 from tacit.federated.layout import Layout
 from tacit.federated.local.dp_sgd import DpSgdSolver, local_event
 from tacit.federated.local.work import LocalResult, LocalSolver, LocalWork, Loss
+from tacit.federated.secure_sum.mean import SecureMean
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Plan:
         sampling_rate: the probability with which each client takes part, independently of every other; ``None`` if
             cohorts are of fixed size, or a round closes when enough clients are done.
         name: of the run, where several share a ledger.
+        secure_mean: how updates are summed without anybody seeing one; ``None`` if they are not.
     """
 
     model: nn.Module
@@ -61,6 +64,7 @@ class Plan:
     expected_cohort: float
     sampling_rate: float | None = None
     name: str = "run"
+    secure_mean: SecureMean | None = None
 
 
 class PrivateTraining(Protocol):
@@ -92,6 +96,15 @@ class PrivateTraining(Protocol):
         """
         ...
 
+    def opening(self, round: int, finished: int) -> None:
+        """Write down what depends on how many clients finished, before the secure sum of their updates is opened.
+
+        Raises:
+            BudgetExceeded: the sum must not be opened.
+            DataError: the ledger is damaged.
+        """
+        ...
+
     def spent(self) -> PrivacySpent:
         """What has been spent in all; of examples, at the client with the largest ε."""
         ...
@@ -110,21 +123,17 @@ class Privacy(Protocol):
 
 
 @dataclass(frozen=True)
-class CentralDP:
-    """Differential privacy of whole clients: the server clips, adds noise, and is trusted with the updates.
-
-    See `tacit.federated.central_privacy.CentralPrivacy` for what is computed.
+class PrivacySettings:
+    """What all kinds of differential privacy are told: how much noise there is, and how much may be spent.
 
     Args:
-        clip: S, the greatest norm of a client's update; the first one if it adapts.
-        delta: δ, well below one over the number of clients.
+        clip: S, the bound on what one of those who are protected can send.
+        delta: δ, well below one over the number of those who are protected.
         noise_multiplier: z, the noise's standard deviation over S.
         target_epsilon: find the least z with which all rounds of the run together stay within this ε; in place of
             ``noise_multiplier``, and the budget unless another is given.
-        budget: stop before a round that would take the ε of the ledger's ``subject`` over this.
-        adaptive: let the bound follow a quantile of the norms.
+        budget: stop before a round that would take an ε of the ledger over this.
         accountant: ``"rdp"``, or ``"pld"``: tighter and slower.
-        subject: whose account in the ledger is charged.
         noise_seed: for experiments that are to be repeated only; ``None`` is real privacy.
 
     Raises:
@@ -136,13 +145,40 @@ class CentralDP:
     noise_multiplier: float | None = None
     target_epsilon: float | None = None
     budget: float | None = None
-    adaptive: AdaptiveClipping | None = None
-    accountant: Accountant = "rdp"
-    subject: str = "central"
-    noise_seed: int | None = field(default=None, repr=False)
+    accountant: Accountant = field(default="rdp", kw_only=True)
+    noise_seed: int | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check(self.noise_multiplier, self.target_epsilon, self.budget, self.delta, self.accountant)
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise InputError("give either noise_multiplier=, how much noise, or target_epsilon=, what it has to reach")
+        if self.noise_multiplier is not None:
+            SampledGaussian(self.noise_multiplier)
+        privacy_spent([], self.delta, self.accountant)
+        _ = self.limit
+        if self.target_epsilon is not None:
+            Budget(self.target_epsilon, self.delta)
+
+    @property
+    def limit(self) -> Limit | None:
+        """What a ledger is held to."""
+        epsilon = self.target_epsilon if self.budget is None else self.budget
+        return None if epsilon is None else Limit(Budget(epsilon, self.delta), self.accountant)
+
+
+@dataclass(frozen=True)
+class CentralDP(PrivacySettings):
+    """Differential privacy of whole clients: the server clips, adds noise, and is trusted with the updates.
+
+    See `tacit.federated.central_privacy.CentralPrivacy` for what is computed, and `PrivacySettings` for the other
+    arguments; ``clip`` is the greatest norm of a client's update, and the first one if it adapts.
+
+    Args:
+        adaptive: let the bound follow a quantile of the norms.
+        subject: whose account in the ledger is charged.
+    """
+
+    adaptive: AdaptiveClipping | None = None
+    subject: str = "central"
 
     def start(self, algorithm: Algorithm, plan: Plan, ledger: Ledger) -> PrivateTraining:
         """See `Privacy`."""
@@ -172,10 +208,11 @@ class _CentralTraining:
     def spend(self, round: int, cohort: Sequence[int]) -> Mapping[int, str]:
         """See `PrivateTraining`; a round costs the same whoever is in it."""
         s = self.settings
-        limit = _limit(s.budget, s.target_epsilon, s.delta, s.accountant)
-        label = f"{self.name}, round {round}"
-        self.ledger.spend(s.subject, self.event, label, limit, repeatable=s.noise_seed is not None)
+        self.ledger.spend(s.subject, self.event, label(self.name, round), s.limit, repeatable=s.noise_seed is not None)
         return {}
+
+    def opening(self, round: int, finished: int) -> None:
+        """Nothing is left to write down."""
 
     def spent(self) -> PrivacySpent:
         """See `PrivateTraining`."""
@@ -184,38 +221,25 @@ class _CentralTraining:
 
 
 @dataclass(frozen=True)
-class RecordDP:
+class RecordDP(PrivacySettings):
     """Differential privacy of single examples: every client clips and adds noise itself, and need not trust the server.
 
-    See `tacit.federated.local.dp_sgd.DpSgdSolver` for what is computed. Each client has an account of its own in the
-    ledger, and is left out of further rounds when it is empty; when no client of a round is left, the run stops.
+    See `tacit.federated.local.dp_sgd.DpSgdSolver` for what is computed, and `PrivacySettings` for the other arguments;
+    ``clip`` is the greatest norm of one example's gradient. Each client has an account of its own in the ledger, and is
+    left out of further rounds when it is empty; when no client of a round is left, the run stops.
 
     Args:
-        clip: S, the greatest norm of one example's gradient.
-        delta: δ, well below one over the number of a client's examples.
-        noise_multiplier: z, the noise's standard deviation over S.
-        target_epsilon: find the least z with which no client exceeds this ε in ``participations`` rounds; in place of
-            ``noise_multiplier``, and the budget unless another is given.
-        budget: leave a client out before a round that would take its ε over this.
-        participations: in how many rounds a client is to take part at most; ``None`` is all of them.
-        accountant: ``"rdp"``, or ``"pld"``: tighter and slower.
-        noise_seed: for experiments that are to be repeated only; ``None`` is real privacy.
+        participations: in how many rounds a client is to take part at most, for ``target_epsilon``; ``None`` is all of
+            them.
 
     Raises:
         InputError: a setting is out of range, or not exactly one of noise and target is given.
     """
 
-    clip: float
-    delta: float
-    noise_multiplier: float | None = None
-    target_epsilon: float | None = None
-    budget: float | None = None
     participations: int | None = None
-    accountant: Accountant = "rdp"
-    noise_seed: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _check(self.noise_multiplier, self.target_epsilon, self.budget, self.delta, self.accountant)
+        super().__post_init__()
         if self.participations is not None and self.participations < 1:
             raise InputError(f"participations={self.participations}: give 1 round or more, or None for all")
 
@@ -265,19 +289,20 @@ class _RecordTraining:
 
     def spend(self, round: int, cohort: Sequence[int]) -> Mapping[int, str]:
         """See `PrivateTraining`."""
-        s = self._settings
-        limit = _limit(s.budget, s.target_epsilon, s.delta, s.accountant)
+        s, limit, name = self._settings, self._settings.limit, label(self._name, round)
         events = {_account(client): self._work.events(int(self._sizes[client]), self._noise) for client in cohort}
-        label = f"{self._name}, round {round}"
-        refused = set(self._ledger.spend_each(events, label, limit, repeatable=s.noise_seed is not None))
+        refused = set(self._ledger.spend_each(events, name, limit, repeatable=s.noise_seed is not None))
         if cohort and len(refused) == len(events) and limit is not None:
             raise BudgetExceeded(
-                f"{label}: another round would take every client of the cohort over its privacy budget of ε = "
+                f"{name}: another round would take every client of the cohort over its privacy budget of ε = "
                 f"{limit.budget.epsilon:g} at δ = {limit.budget.delta:g}: stop here, or decide on a larger budget"
             )
         spent = (self._spent_by(subject) for subject in events if subject not in refused)
         self._epsilon = max([self._epsilon, *spent])
         return {client: "its privacy budget is spent" for client in cohort if _account(client) in refused}
+
+    def opening(self, round: int, finished: int) -> None:
+        """Nothing is left to write down: the clients' noise is in what they send."""
 
     def spent(self) -> PrivacySpent:
         """See `PrivateTraining`."""
@@ -318,23 +343,10 @@ class _Rehearsal:
         return [local_event(*work, noise_multiplier) for work in self._works[size]]
 
 
+def label(run: str, round: int) -> str:
+    """What a ledger calls a round."""
+    return f"{run}, round {round}"
+
+
 def _account(client: int) -> str:
     return f"client {client}"
-
-
-def _limit(budget: float | None, target: float | None, delta: float, accountant: Accountant) -> Limit | None:
-    epsilon = target if budget is None else budget
-    return None if epsilon is None else Limit(Budget(epsilon, delta), accountant)
-
-
-def _check(
-    noise_multiplier: float | None, target: float | None, budget: float | None, delta: float, accountant: Accountant
-) -> None:
-    if (noise_multiplier is None) == (target is None):
-        raise InputError("give either noise_multiplier=, how much noise, or target_epsilon=, what it has to reach")
-    if noise_multiplier is not None:
-        SampledGaussian(noise_multiplier)
-    privacy_spent([], delta, accountant)
-    _limit(budget, target, delta, accountant)
-    if target is not None:
-        Budget(target, delta)

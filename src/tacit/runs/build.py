@@ -21,6 +21,7 @@ from tacit.federated.compression_schemes import Float16, StochasticQuantisation,
 from tacit.federated.devices import Fleet
 from tacit.federated.devices_schedule import RoundPolicy
 from tacit.federated.devices_trace import Trace
+from tacit.federated.distributed_dp import DistributedDP
 from tacit.federated.ditto import Ditto
 from tacit.federated.eligibility import Eligibility
 from tacit.federated.fedavg import FedAvg, Mean, Weighting, capped, uniform
@@ -40,6 +41,14 @@ from tacit.runtimes.federation import Devices
 
 IMAGE_MODELS: dict[str, Callable[[], nn.Module]] = {"2nn": two_nn, "cnn": cnn, "lenet": lenet}
 TABLE_MODELS: dict[str, Callable[[int, int], nn.Module]] = {"logistic": logistic, "mlp": mlp}
+_LEVELS = {
+    "client": {"quantile": "lets the bound on whole updates adapt"},
+    "record": {"participations": "counts rounds of a client's own records"},
+    "distributed": {
+        "noise": "chooses the integers that are added to a sum",
+        "colluding": "is about noise that clients add to a sum",
+    },
+}
 
 
 def model(settings: config.Config, data: Dataset, origin: Path) -> nn.Module:
@@ -124,37 +133,34 @@ def devices(settings: config.Config, clients: int, origin: Path) -> Devices | No
 
 
 def privacy(settings: config.Config) -> Privacy | None:
-    """``[privacy]``."""
+    """``[privacy]``.
+
+    Raises:
+        InputError: a key belongs to another level, or clients are to be weighed by their examples.
+    """
     section = settings.privacy
     if section is None:
         return None
-    if section.level == "record":
-        if section.quantile is not None:
-            raise InputError("privacy.quantile lets the bound on whole updates adapt: it goes with level = 'client'")
-        return RecordDP(
-            section.clip,
-            section.delta,
-            section.noise_multiplier,
-            section.target_epsilon,
-            section.budget,
-            section.participations,
-            section.accountant,
-            section.noise_seed,
-        )
-    if section.participations is not None:
+    for level, keys in _LEVELS.items():
+        for key, meaning in keys.items():
+            if level != section.level and getattr(section, key) is not None:
+                raise InputError(f"privacy.{key} {meaning}: it goes with level = {level!r}")
+    if section.level != "record" and isinstance(settings.mean, config.Weighted) and settings.mean.by != "uniform":
         raise InputError(
-            "privacy.participations counts rounds of a client's own records: it goes with level = 'record'"
+            "mean.by = 'examples' weighs clients, and under client-level privacy every client weighs the same: set "
+            "mean.by = 'uniform', or leave [mean] out"
         )
-    return CentralDP(
-        section.clip,
-        section.delta,
-        section.noise_multiplier,
-        section.target_epsilon,
-        section.budget,
-        None if section.quantile is None else AdaptiveClipping(section.quantile),
-        section.accountant,
-        noise_seed=section.noise_seed,
-    )
+    amounts = (section.clip, section.delta, section.noise_multiplier, section.target_epsilon, section.budget)
+    accountant, seed = section.accountant, section.noise_seed
+    match section.level:
+        case "record":
+            return RecordDP(*amounts, section.participations, accountant=accountant, noise_seed=seed)
+        case "distributed":
+            noise, colluding = section.noise or "skellam", 1 if section.colluding is None else section.colluding
+            return DistributedDP(*amounts, noise, colluding, accountant=accountant, noise_seed=seed)
+        case "client":
+            adaptive = None if section.quantile is None else AdaptiveClipping(section.quantile)
+            return CentralDP(*amounts, adaptive, accountant=accountant, noise_seed=seed)
 
 
 def _averaging(settings: config.Config) -> FedAvg:

@@ -228,12 +228,13 @@ class SecureSum(_Section, frozen=True):
     clip: float | None = None
     bits: int = 16
     minimum: int | None = None
+    verified: bool = False
 
 
 class Privacy(_Section, frozen=True):
     """Differential privacy."""
 
-    level: Literal["client", "record"] = "client"
+    level: Literal["client", "record", "distributed"] = "client"
     clip: float = 1.0
     delta: float = 1e-5
     noise_multiplier: float | None = None
@@ -242,6 +243,8 @@ class Privacy(_Section, frozen=True):
     accountant: Literal["rdp", "pld"] = "rdp"
     quantile: float | None = None
     participations: int | None = None
+    noise: Literal["skellam", "discrete-gaussian"] | None = None
+    colluding: int | None = None
     noise_seed: int | None = None
 
 

@@ -72,13 +72,16 @@ class Experiment:
         devices = build.devices(settings, len(self.clients), self.origin)
         selection = build.selection(settings, devices)
         algorithm = build.algorithm(settings, self.model)
+        parties, evidence = None, folder.evidence
+        if settings.secure_sum is not None:
+            parties = evidence.parties(len(sizes))
+        secure_mean = self._secure_mean(sizes, selection, parties)
         privacy, private, ledger = build.privacy(settings), None, None
         with ExitStack() as held:
             if privacy is not None:
                 ledger = held.enter_context(closing(Ledger(folder.path / "ledger.sqlite")))
-                plan = privacy_plan(
-                    self.model, LOSS, sizes, settings.rounds.number, selection, devices, folder.path.name
-                )
+                rounds, name = settings.rounds.number, folder.path.name
+                plan = privacy_plan(self.model, LOSS, sizes, rounds, selection, devices, secure_mean, name)
                 private = privacy.start(algorithm, plan, ledger)
             execution = settings.execution
             executor, notes = executor_for(
@@ -89,9 +92,8 @@ class Experiment:
             if isinstance(algorithm, FedBuff):
                 yield self._asynchronous(algorithm, executor, sizes, devices)
             else:
-                parties, transcript, evidence = None, None, folder.evidence
-                if settings.secure_sum is not None:
-                    parties = evidence.parties(len(sizes))
+                transcript = None
+                if parties is not None:
                     transcript = evidence.writer(folder.config.read_bytes(), parties.coordinator, ledger)
                 yield Federation(
                     self.model,
@@ -100,7 +102,7 @@ class Experiment:
                     algorithm=algorithm,
                     selection=selection,
                     devices=devices,
-                    secure_mean=self._secure_mean(sizes, selection, parties),
+                    secure_mean=secure_mean,
                     transcript=transcript,
                     private=private,
                     seed=settings.seed,
@@ -112,7 +114,7 @@ class Experiment:
         if section is None:
             return None
         protocol = sum_protocol(section.protocol, sizes, selection, section.minimum, parties)
-        return SecureMean(protocol, section.clip, section.bits)
+        return SecureMean(protocol, section.clip, section.bits, verified=section.verified)
 
     def _asynchronous(
         self, algorithm: FedBuff, executor: Executor, sizes: Tensor, devices: Devices | None
@@ -185,4 +187,5 @@ def prepare(settings: config.Config, origin: Path) -> Experiment:
     experiment = Experiment(settings, origin, model, held.data, held.clients, evaluation, stop, [])
     example_counts(held.clients)
     build.algorithm(settings, model)
+    build.privacy(settings)
     return experiment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -201,7 +202,7 @@ class Federation:
             bytes_up=mean.nbytes if mean else 0,
             bytes_down=downloads * state.nbytes + (sum(summed.traffic.down.values()) if summed else 0),
             seconds=time.perf_counter() - started,
-            train_loss=mean.loss if mean and cohort.clients else None,
+            train_loss=mean.loss if mean and cohort.clients and not math.isnan(mean.loss) else None,
             lost=lost,
             simulated_seconds=plan.end if self._devices else None,
             epsilon=spent.epsilon if spent else None,
@@ -225,9 +226,15 @@ class Federation:
             cohort.update_of,
             lambda client: Prg(seed_for(self._seed, "round", state.round + 1, "client", client, "rounding")),
             lambda agreed: ABOUT_NOTHING if transcript is None else transcript.open(state, agreed),
+            self._opening,
         )
         cohort.keep(summed)
         return self._algorithm.combine([mean]), summed
+
+    def _opening(self, survivors: tuple[int, ...]) -> None:
+        """Write down what the sum of these clients costs, before anybody can see it."""
+        if self._private is not None:
+            self._private.opening(self.round + 1, len(survivors))
 
     def _plan(self, number: int) -> tuple[Schedule, str]:
         """Who is invited, who of them finishes, and when the round is over; and why it could not begin, if so."""

@@ -64,6 +64,26 @@ class FederatedRun:
 
 
 @dataclass(frozen=True)
+class SumSettings:
+    """How a run sums updates without anybody seeing one.
+
+    Args:
+        protocol: ``"masked"``: one server, pairwise masks; ``"shared"``: two servers that hold shares.
+        minimum: the fewest updates that clients let into a sum; ``None`` is three fifths of the expected cohort. The
+            noise of `DistributedDP` is provisioned for them.
+        clip: see `SecureMean`.
+        bits: of an entry; see `SecureMean`.
+        verified: have the two servers verify the norm of every update on shares; see `SecureMean`.
+    """
+
+    protocol: SumProtocol = "masked"
+    minimum: int | None = None
+    clip: float | None = None
+    bits: int = 16
+    verified: bool = False
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """When the model is tried on examples that it was not trained on.
 
@@ -106,7 +126,7 @@ def federate(
     target_accuracy: float | None = None,
     patience: int | None = None,
     devices: Devices | None = None,
-    secure_sum: SumProtocol | SecureMean | None = None,
+    secure_sum: SumProtocol | SumSettings | SecureMean | None = None,
     privacy: Privacy | None = None,
     ledger: Ledger | None = None,
     client_tests: Sequence[Examples] | None = None,
@@ -139,8 +159,10 @@ def federate(
         devices: simulated devices that the clients run on; the history then tells the virtual clock.
         secure_sum: ``"masked"``: the server sees the sum of the cohort's updates and no single one, by the real
             protocol between simulated clients, who insist on three fifths of the cohort; ``"shared"``: so do two
-            servers that hold shares; or a `SecureMean` with settings of its own.
-        privacy: differential privacy: `CentralDP` of whole clients, or `RecordDP` of single examples.
+            servers that hold shares; `SumSettings` with a minimum of your own, or norms verified on shares; or a
+            `SecureMean`.
+        privacy: differential privacy: `CentralDP` of whole clients by noise at the server, `DistributedDP` by noise in
+            a secure sum, or `RecordDP` of single examples.
         ledger: where what is spent is written down; ``None``: a new one that ends with the run.
         client_tests: held-out examples of each client, for the history's accuracy at the clients.
         processes: how many processes train clients, best one a core; they are forked from this one.
@@ -164,9 +186,9 @@ def federate(
     evaluation = Evaluation(test, evaluate_every, client_tests, evaluate_every)
     sizes = example_counts(clients)
     chosen = selection or Uniform(cohort or 0)
-    private = None
+    secure_mean, private = secure_mean_for(secure_sum, sizes, chosen), None
     if privacy is not None:
-        plan = privacy_plan(model, loss, sizes, rounds, chosen, devices)
+        plan = privacy_plan(model, loss, sizes, rounds, chosen, devices, secure_mean)
         private = privacy.start(algorithm, plan, ledger or Ledger())
     executor, notes = executor_for(model, loss, clients, processes, solver, private)
     with closing(executor):
@@ -177,7 +199,7 @@ def federate(
             algorithm=algorithm,
             selection=chosen,
             devices=devices,
-            secure_mean=secure_mean_for(secure_sum, sizes, chosen),
+            secure_mean=secure_mean,
             private=private,
             seed=seed,
             initial=initial,
@@ -192,12 +214,13 @@ def federate(
 
 
 def secure_mean_for(
-    secure_sum: SumProtocol | SecureMean | None, sizes: torch.Tensor, selection: Selection
+    secure_sum: SumProtocol | SumSettings | SecureMean | None, sizes: torch.Tensor, selection: Selection
 ) -> SecureMean | None:
     """What `federate` says of ``secure_sum``."""
     if secure_sum is None or isinstance(secure_sum, SecureMean):
         return secure_sum
-    return SecureMean(sum_protocol(secure_sum, sizes, selection))
+    s = secure_sum if isinstance(secure_sum, SumSettings) else SumSettings(secure_sum)
+    return SecureMean(sum_protocol(s.protocol, sizes, selection, s.minimum), s.clip, s.bits, verified=s.verified)
 
 
 def sum_protocol(
@@ -262,6 +285,7 @@ def privacy_plan(
     rounds: int,
     selection: Selection,
     devices: Devices | None,
+    secure_mean: SecureMean | None = None,
     name: str = "run",
 ) -> Plan:
     """What privacy depends on of a training; sampling amplifies only where each client is drawn independently."""
@@ -269,7 +293,7 @@ def privacy_plan(
     expected = selection.expected(sizes)
     if devices is not None and devices.policy.close_at is not None:
         expected = min(expected, devices.policy.close_at)
-    return Plan(model, loss, sizes, rounds, expected, rate, name)
+    return Plan(model, loss, sizes, rounds, expected, rate, name, secure_mean)
 
 
 def train(

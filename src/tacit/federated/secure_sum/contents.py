@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from torch import Tensor
 from tacit.dp.clipping import clip
 from tacit.errors import InputError
 from tacit.federated.algorithm import Extra, ServerState, Update
+from tacit.federated.secure_sum.bounded import BoundedEncoding
 from tacit.federated.secure_sum.encoding import Encoding, Scalar
+from tacit.federated.secure_sum.noise_shares import NoiseShares
 from tacit.federated.secure_sum.ring import Words
 from tacit.ring.prg import Prg
 
@@ -19,6 +23,82 @@ _WEIGHT_STEP = 2.0**-29
 _LOSS_STEP = 2.0**-16
 _NUMBER = (2.0**29, 2.0**-30)
 _COUNTER = 2.0**40
+
+
+class Contents(Protocol):
+    """What a client's vector holds in one round."""
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it becomes residues."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """All of it in a line, equal for equal contents: what clients and server agree on before a round."""
+        ...
+
+    def encode(self, update: Update, prg: Prg) -> Words:
+        """A client's residues.
+
+        Args:
+            update: of the client.
+            prg: where the rounding comes from, and noise if there is any: then it is fresh, or derived for this alone.
+
+        Raises:
+            InputError: the update carries something else than the round sums.
+            RangeError: something in it is not finite, or too large to be summed.
+        """
+        ...
+
+    def decode(self, total: Words, survivors: int) -> Update:
+        """The mean of the updates of those whose vectors were summed; its ``nbytes`` are 0.
+
+        Raises:
+            InputError: the weights add up to 0.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class BoundedContents:
+    """A plain mean of updates whose norm is bounded, and nothing else: what can be verified, or noised.
+
+    Nobody is told numbers of examples or losses: of a decoded mean they are 0 and NaN.
+
+    Args:
+        state: of the round.
+        bounded: how an update becomes integers.
+        shares: the noise; ``None`` for none.
+    """
+
+    state: ServerState
+    bounded: BoundedEncoding
+    shares: NoiseShares | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """See `Contents`."""
+        return self.bounded.encoding if self.shares is None else self.shares.encoding
+
+    @property
+    def description(self) -> str:
+        """See `Contents`."""
+        noise = "" if self.shares is None else f"; {self.shares.share!r} added by {self.shares.added_by}"
+        return f"{self.encoding.description}; each of norm {self.bounded.bound!r} at most{noise}"
+
+    def encode(self, update: Update, prg: Prg) -> Words:
+        """See `Contents`."""
+        if update.extra:
+            raise InputError(f"an update carries {sorted(update.extra)}, and the round sums updates alone")
+        encoder = self.bounded if self.shares is None else self.shares
+        return self.encoding.ring.residues(encoder.integers(update.delta, prg))
+
+    def decode(self, total: Words, survivors: int) -> Update:
+        """See `Contents`."""
+        vector, _ = self.encoding.decode(total)
+        delta = vector.div(survivors).to(self.state.parameters.dtype)
+        return Update(delta, self.state.buffers, 0, math.nan, 0, float(survivors))
 
 
 @dataclass(frozen=True)
@@ -89,21 +169,12 @@ class WeightedContents:
 
     @property
     def description(self) -> str:
-        """All of it in a line, equal for equal contents: what clients and server agree on before a round."""
+        """See `Contents`."""
         norm = "" if self.norm is None else f"; each of norm {self.norm!r} times {self.kept!r} at most"
         return f"{self.encoding.description}; weights up to {self.most_weight!r}{norm}"
 
     def encode(self, update: Update, prg: Prg) -> Words:
-        """A client's residues.
-
-        Args:
-            update: of the client.
-            prg: where the rounding comes from, which need not be secret.
-
-        Raises:
-            InputError: the update carries something else than the round sums.
-            RangeError: something in it is not finite, or too large to be summed.
-        """
+        """See `Contents`; where the rounding comes from need not be secret."""
         if update.extra.keys() != self.extras.keys():
             raise InputError(f"an update carries {sorted(update.extra)}, and the round sums {sorted(self.extras)}")
         weight, delta = update.weight / self.most_weight, update.delta
@@ -124,12 +195,9 @@ class WeightedContents:
         return self.encoding.encode(vector, numbers, prg).words
 
     def decode(self, total: Words, survivors: int) -> Update:
-        """The mean of the updates of those whose vectors were summed; its ``nbytes`` are 0.
+        """See `Contents`.
 
         Floating-point buffers become the weighted mean; of other buffers (counters), the plain mean rounded up.
-
-        Raises:
-            InputError: the weights add up to 0.
         """
         vector, (weight, examples, loss, *numbers) = self.encoding.decode(total)
         if not weight > 0:

@@ -99,6 +99,7 @@ class Encoding:
         bits: q, bits of one client's entry, sign included, from 2 to 24.
         scalars: what follows the vector.
         headroom: the largest magnitude of the noise in an entry of the sum, over ``clients``, in units of 1/s.
+        least_bits: the least b of the ring, whatever the sum needs.
 
     Raises:
         InputError: a setting is out of range, or the sum would need more than 32 bits.
@@ -110,6 +111,7 @@ class Encoding:
     bits: int = 16
     scalars: tuple[Scalar, ...] = ()
     headroom: int = 0
+    least_bits: int = 2
 
     def __post_init__(self) -> None:
         if self.size < 0 or self.clients < 1 or self.headroom < 0:
@@ -135,7 +137,7 @@ class Encoding:
         )
         return (
             f"{self.size} entries clipped to {self.clip!r} in {self.bits} bits, {self.clients} clients, headroom "
-            f"{self.headroom}" + (f"; {scalars}" if scalars else "")
+            f"{self.headroom}, ring of {self.ring.bits} bits" + (f"; {scalars}" if scalars else "")
         )
 
     @property
@@ -145,8 +147,8 @@ class Encoding:
 
     @property
     def ring(self) -> Ring:
-        """The least ring in which no sum of ``clients`` vectors can wrap."""
-        return Ring(self._ring_bits)
+        """The least ring in which no sum of ``clients`` vectors can wrap, or that of ``least_bits``."""
+        return Ring(max(self.least_bits, self._ring_bits))
 
     @property
     def length(self) -> int:

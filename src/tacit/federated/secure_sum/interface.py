@@ -6,12 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from tacit.errors import InputError
+from tacit.errors import InputError, PeerError
 from tacit.federated.secure_sum.agreement import DIGEST_BYTES
 from tacit.federated.secure_sum.ring import Ring, Words
 
 VectorOf = Callable[[int], Words | None]
 """The vector of one client of the cohort; ``None`` if the client is lost before it has one."""
+
+
+Opening = Callable[[tuple[int, ...]], None]
+"""Told whose vectors a sum holds, ascending, before anybody can see it; an error keeps it closed."""
+
+
+def unannounced(survivors: tuple[int, ...]) -> None:
+    """Whoever opens the sum need not be asked."""
 
 
 ABOUT_NOTHING = bytes(DIGEST_BYTES)
@@ -73,6 +81,11 @@ class Summed:
 class SecureSum(Protocol):
     """Sums the vectors of a cohort modulo 2^b; each call is one round, with keys and masks of its own."""
 
+    @property
+    def minimum(self) -> int:
+        """The fewest vectors in a sum: of fewer, nothing is revealed."""
+        ...
+
     def sum(
         self,
         ring: Ring,
@@ -80,6 +93,7 @@ class SecureSum(Protocol):
         cohort: Sequence[int],
         vector_of: VectorOf,
         application: bytes = ABOUT_NOTHING,
+        opening: Opening = unannounced,
     ) -> Summed:
         """Run one round.
 
@@ -90,6 +104,7 @@ class SecureSum(Protocol):
             vector_of: called at most once a client, when the protocol is ready for its vector.
             application: a digest, 32 bytes, of what the sum is for (`tacit.federated.transcript.Purpose`): all that
                 clients sign in the round covers it, and they refuse a round for anything else.
+            opening: called once whose vectors are summed is certain, and before anything is revealed.
 
         Raises:
             InputError: the settings do not allow a secure sum of this cohort; nothing has been sent.
@@ -100,7 +115,13 @@ class SecureSum(Protocol):
 
 @dataclass(frozen=True)
 class PlainSum:
-    """The sum in the clear: the server sees every vector. What a secure sum must equal, word for word."""
+    """The sum in the clear: the server sees every vector. What a secure sum must equal, word for word.
+
+    Args:
+        minimum: the fewest vectors in a sum.
+    """
+
+    minimum: int = 1
 
     def sum(
         self,
@@ -109,6 +130,7 @@ class PlainSum:
         cohort: Sequence[int],
         vector_of: VectorOf,
         application: bytes = ABOUT_NOTHING,
+        opening: Opening = unannounced,
     ) -> Summed:
         """See `SecureSum.sum`."""
         if not cohort or len(set(cohort)) != len(cohort):
@@ -120,8 +142,11 @@ class PlainSum:
                 ring.require(words, length)
                 total += words
                 survivors.append(client)
+        if len(survivors) < self.minimum:
+            raise PeerError(f"{len(survivors)} vectors came and {self.minimum} are needed: no sum")
+        opening(tuple(sorted(survivors)))
         lost = dict.fromkeys(set(cohort) - set(survivors), "no vector")
         size = -(-ring.bits * length // 8)
         traffic = Traffic(dict.fromkeys(survivors, size), {})
-        safeguards = Safeguards("plain", len(cohort), 1, 0, 0)
+        safeguards = Safeguards("plain", len(cohort), self.minimum, 0, 0)
         return Summed(ring.reduce_(total), tuple(sorted(survivors)), lost, traffic, safeguards)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 
 from tacit.errors import InputError, PeerError, TooFewUpdates
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
-from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Safeguards, Summed, Traffic, VectorOf
+from tacit.federated.secure_sum.interface import (
+    ABOUT_NOTHING,
+    Opening,
+    Safeguards,
+    Summed,
+    Traffic,
+    VectorOf,
+    unannounced,
+)
 from tacit.federated.secure_sum.messages import ROUND_BYTES, Invite
 from tacit.federated.secure_sum.parameters import choose
 from tacit.federated.secure_sum.ring import Ring
@@ -68,6 +76,7 @@ def run_round(
     vector_of: VectorOf,
     lost: Lost = never,
     meter: Meter | None = None,
+    opening: Opening = unannounced,
 ) -> Outcome:
     """Run one round to its end; keeps one masked vector at a time.
 
@@ -77,6 +86,7 @@ def run_round(
         vector_of: the vector of a client, by its number; called when the client is ready to mask it.
         lost: which clients are lost, and when.
         meter: what is told of times and bytes.
+        opening: see `tacit.federated.secure_sum.interface.SecureSum.sum`; told the clients' numbers.
 
     Raises:
         InputError: a client does not agree to the round, or its vector does not fit.
@@ -108,6 +118,8 @@ def run_round(
                     server.receive(answer)
         with meter.server():
             frames = sorted(server.close().items())
+        if server.stage is Stage.CONFIRM:
+            opening(server.survivors)
     return server.outcome
 
 
@@ -130,6 +142,11 @@ class MaskedSum:
         """Clients with new identities, all pinned by all."""
         return cls(tuple(Identity.fresh() for _ in range(clients)), policy)
 
+    @property
+    def minimum(self) -> int:
+        """The fewest vectors that the clients let into a sum."""
+        return self.policy.minimum
+
     def sum(
         self,
         ring: Ring,
@@ -137,6 +154,7 @@ class MaskedSum:
         cohort: Sequence[int],
         vector_of: VectorOf,
         application: bytes = ABOUT_NOTHING,
+        opening: Opening = unannounced,
     ) -> Summed:
         """See `tacit.federated.secure_sum.interface.SecureSum.sum`.
 
@@ -155,6 +173,7 @@ class MaskedSum:
             lambda number: vector_of(cohort[number]),
             lambda number, stage: self.lost(cohort[number], stage),
             meter,
+            lambda numbers: opening(tuple(sorted(cohort[number] for number in numbers))),
         )
         return Summed(
             outcome.total,

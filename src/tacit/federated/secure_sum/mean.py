@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
 from tacit.errors import InputError, RangeError
 from tacit.federated.algorithm import Algorithm, ServerState, Update
-from tacit.federated.central_privacy import CentralPrivacy, bound_of, wrapped
+from tacit.federated.client_privacy import ClientPrivacy, wrapped
+from tacit.federated.distributed_privacy import DistributedPrivacy
 from tacit.federated.fedavg import Mean
 from tacit.federated.mean import weighted_mean
 from tacit.federated.robust import ClippedMean
-from tacit.federated.secure_sum.contents import WeightedContents
+from tacit.federated.secure_sum.bounded import BoundedEncoding
+from tacit.federated.secure_sum.contents import BoundedContents, Contents, WeightedContents
 from tacit.federated.secure_sum.encoding import Encoding
-from tacit.federated.secure_sum.interface import ABOUT_NOTHING, SecureSum, Summed
+from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Opening, SecureSum, Summed, unannounced
+from tacit.federated.secure_sum.noise_shares import AddedBy
 from tacit.federated.secure_sum.ring import Words
+from tacit.federated.secure_sum.shared import SharedSum
 from tacit.ring.prg import Prg
 
 UpdateOf = Callable[[int], Update | None]
@@ -30,7 +35,8 @@ class SecureMean:
 
     Client k sends floor(s w_k Δ_k + u) for its weight w_k as a fraction of the largest one there can be, and with it
     w_k, its number of examples, its summed loss, its buffers and what else the algorithm sends; the mean is the
-    quotient of the sums.
+    quotient of the sums. Where norms are verified, or noise is in the sum, it sends its update alone, clipped and
+    rounded so that the norm stays bounded (`BoundedEncoding`), and every client weighs the same.
 
     *Guarantees*: each entry of Σ w_k Δ_k is within n / s of that of the clamped updates and right in expectation, with
     s = (2^(bits−1) − 1) / clip; entries of w_k Δ_k beyond ``clip`` are clamped to it. Weights are exact to 2^-30,
@@ -41,35 +47,48 @@ class SecureMean:
         protocol: how the sum is taken, such as `tacit.federated.secure_sum.masked.MaskedSum`.
         clip: the largest magnitude of an entry of a weighted update; ``None`` is the norm that updates are clipped to,
             if they are, and else 1.
-        bits: of one client's entry, from 2 to 24.
+        bits: of one client's entry, from 2 to 24; fewer where distributed privacy's noise is far coarser than the grid.
         most_loss: the largest mean loss of a client; larger ones count as this.
+        verified: have alice and bob verify, on shares, that no client's update is longer than the norm that all are
+            clipped to, by `CentralPrivacy`, `DistributedPrivacy` or `ClippedMean`; a client that exceeds it is left
+            out without being seen.
 
     Raises:
-        InputError: a setting is out of range.
+        InputError: a setting is out of range, or norms are to be verified by anybody but the two servers.
     """
 
     protocol: SecureSum = field(repr=False)
     clip: float | None = None
     bits: int = 16
     most_loss: float = 1e4
+    verified: bool = False
 
     def __post_init__(self) -> None:
         Encoding(1, 1.0 if self.clip is None else self.clip, 1, self.bits)
+        if self.verified and not isinstance(self.protocol, SharedSum):
+            raise InputError(
+                "verified norms take two servers that hold shares of every update: use the shared sum, or verify none"
+            )
+
+    @property
+    def noised_by(self) -> AddedBy:
+        """Who adds the noise of distributed privacy."""
+        return "servers" if isinstance(self.protocol, SharedSum) else "clients"
 
     def check(self, algorithm: Algorithm, state: ServerState) -> None:
-        """Refuse an algorithm whose round is not one weighted sum.
+        """Refuse an algorithm whose round is not one weighted sum, or not one that can be verified as asked.
 
         Raises:
-            InputError: it combines updates otherwise.
+            InputError: it combines updates otherwise, or its clients' updates have no bound.
         """
-        mean = _mean_of(algorithm)
+        mean, guard = _mean_of(algorithm), _guard(algorithm)
         if mean is not weighted_mean and not isinstance(mean, ClippedMean):
             name = getattr(mean, "__name__", mean)
             raise InputError(
                 f"a secure sum reveals no single update, which {name} needs: use the weighted mean, or ClippedMean"
             )
-        buffers = _sent_buffers(algorithm, state)
-        if isinstance(mean, ClippedMean) and (buffers or algorithm.extras(state)):
+        buffers, extras = _sent_buffers(algorithm, state), algorithm.extras(state)
+        if isinstance(mean, ClippedMean) and (buffers or extras):
             raise InputError(
                 f"{mean} takes the median of buffers and nothing beside the model, and a secure sum reveals no median: "
                 "use a model without buffers, or the weighted mean"
@@ -77,6 +96,26 @@ class SecureMean:
         for name, buffer in buffers.items():
             if buffer.is_complex():
                 raise InputError(f"buffer {name} is of {buffer.dtype}, which a secure sum does not carry")
+        if self.verified and _norm_of(algorithm, state) is None:
+            raise InputError(
+                "verified norms need one that every client clips to: FedAvg(mean=ClippedMean(norm)), or privacy that "
+                "clips whole updates"
+            )
+        bounded = self.verified or isinstance(guard, DistributedPrivacy)
+        if bounded and extras:
+            raise InputError(
+                f"{algorithm} sends {', '.join(extras)} beside the update, which has no place where norms are "
+                "verified or noise is in the sum: use a bound that does not adapt"
+            )
+        if bounded and self.clip is not None:
+            raise InputError(
+                f"clip={self.clip}: updates are clipped to a norm here, which bounds their entries: leave clip out"
+            )
+        if isinstance(guard, DistributedPrivacy):
+            shares = guard.shares
+            ours = (self.noised_by, self.verified)
+            if shares.fewest > self.protocol.minimum or (shares.added_by, shares.verified) != ours:
+                raise InputError("the noise of this run was provisioned for another secure sum than it is given")
 
     def combine(
         self,
@@ -87,6 +126,7 @@ class SecureMean:
         update_of: UpdateOf,
         rounding_of: Callable[[int], Prg] = lambda client: Prg.fresh(),
         application_of: Callable[[str], bytes] = lambda agreed: ABOUT_NOTHING,
+        opening: Opening = unannounced,
     ) -> tuple[Update, Summed]:
         """Run one round of the protocol.
 
@@ -97,8 +137,9 @@ class SecureMean:
             cohort: the clients, ascending.
             update_of: called at most once a client, in the order of the cohort.
             rounding_of: where a client's rounding comes from, which need not be secret: from a seed, the mean is the
-                same each time, for the masks leave no trace in it.
-            application_of: what the sum is for, as `SecureSum.sum` is told, given `WeightedContents.description`.
+                same each time, for the masks leave no trace in it. Not asked where noise is in the sum.
+            application_of: what the sum is for, as `SecureSum.sum` is told, given `Contents.description`.
+            opening: see `SecureSum.sum`.
 
         Returns:
             The mean as one update, its ``nbytes`` those of all frames to the server; and the sum's own account, which
@@ -108,7 +149,9 @@ class SecureMean:
             InputError: the cohort is too small; nothing has been sent.
             PeerError: too many clients were lost; nothing is revealed.
         """
-        contents = self._contents(algorithm, state, sizes, len(cohort))
+        contents, guard = self._contents(algorithm, state, sizes, len(cohort)), _guard(algorithm)
+        if isinstance(guard, DistributedPrivacy):
+            rounding_of = partial(guard.randomness, state.round + 1)
         unfit: dict[int, str] = {}
 
         def vector_of(client: int) -> Words | None:
@@ -122,17 +165,23 @@ class SecureMean:
                 return None
 
         encoding = contents.encoding
-        application = application_of(contents.description)
-        summed = self.protocol.sum(encoding.ring, encoding.length, cohort, vector_of, application)
+        protocol, application = self._protocol(contents, guard, state.round + 1), application_of(contents.description)
+        summed = protocol.sum(encoding.ring, encoding.length, cohort, vector_of, application, opening)
         mean = contents.decode(summed.total, len(summed.survivors))
         summed = replace(summed, lost={**summed.lost, **unfit})
         return replace(mean, nbytes=sum(summed.traffic.up.values())), summed
 
-    def _contents(self, algorithm: Algorithm, state: ServerState, sizes: Tensor, clients: int) -> WeightedContents:
+    def _contents(self, algorithm: Algorithm, state: ServerState, sizes: Tensor, clients: int) -> Contents:
         """What the vectors of a round hold."""
-        norm, kept = _norm_of(algorithm, state), 1.0
+        guard, norm, kept = _guard(algorithm), _norm_of(algorithm, state), 1.0
+        if isinstance(guard, DistributedPrivacy):
+            shares = guard.shares_among(clients)
+            return BoundedContents(state, shares.bounded, shares)
+        if self.verified and norm is not None:
+            bounded = BoundedEncoding(state.layout.size, norm, clients, self.bits, verified=True)
+            return BoundedContents(state, bounded if guard is None else bounded.within(norm))
         clip = self.clip or norm or 1.0
-        if norm is not None and _guard(algorithm) is not None:
+        if norm is not None and guard is not None:
             kept = _room_for_rounding(Encoding(state.layout.size, clip, clients, self.bits), norm)
         return WeightedContents.of(
             state,
@@ -148,21 +197,34 @@ class SecureMean:
             kept=kept,
         )
 
+    def _protocol(self, contents: Contents, guard: ClientPrivacy | None, round: int) -> SecureSum:
+        """The protocol of a round, whose servers know what to verify and add their noise."""
+        protocol = self.protocol
+        if not isinstance(protocol, SharedSum) or not isinstance(contents, BoundedContents):
+            return protocol
+        if self.verified:
+            protocol = replace(protocol, bound=contents.bounded.whole_bound)
+        shares = contents.shares
+        if isinstance(guard, DistributedPrivacy) and shares is not None:
+            randomness = guard.randomness
+            return replace(protocol, noise=lambda role, length: shares.server_noise(randomness(round, role.value)))
+        return protocol
+
 
 def _mean_of(algorithm: Algorithm) -> Mean:
     """How an algorithm combines updates."""
     return next((layer.mean for layer in wrapped(algorithm) if hasattr(layer, "mean")), weighted_mean)
 
 
-def _guard(algorithm: Algorithm) -> CentralPrivacy | None:
-    return next((layer for layer in wrapped(algorithm) if isinstance(layer, CentralPrivacy)), None)
+def _guard(algorithm: Algorithm) -> ClientPrivacy | None:
+    return next((layer for layer in wrapped(algorithm) if isinstance(layer, ClientPrivacy)), None)
 
 
 def _norm_of(algorithm: Algorithm, state: ServerState) -> float | None:
     """What every client clips its update to, if it does."""
-    if _guard(algorithm) is not None:
-        return bound_of(state)
-    mean = _mean_of(algorithm)
+    guard, mean = _guard(algorithm), _mean_of(algorithm)
+    if guard is not None:
+        return guard.bound(state)
     return mean.norm if isinstance(mean, ClippedMean) else None
 
 
@@ -184,7 +246,7 @@ def _room_for_rounding(encoding: Encoding, bound: float) -> float:
 def _most_weight(algorithm: Algorithm, sizes: Tensor) -> float:
     """The largest weight that a client can have, which all can know."""
     for layer in wrapped(algorithm):
-        if isinstance(layer, CentralPrivacy):
+        if isinstance(layer, ClientPrivacy):
             return 1.0
         if hasattr(layer, "weighting"):
             return max(float(layer.weighting(size)) for size in set(sizes[sizes > 0].tolist()))

@@ -104,6 +104,7 @@ class MaskedServer:
         self._signatures: dict[int, bytes] = {}
         self._lost: dict[int, str] = {}
         self._total = invite.ring.zeros(invite.length)
+        self._survivors: frozenset[int] = frozenset()
         self._weights: dict[tuple[int, ...], list[int]] = {}
         self._outcome: Outcome | None = None
 
@@ -116,6 +117,17 @@ class MaskedServer:
     def awaited(self) -> frozenset[int]:
         """The clients that have not answered in this stage."""
         return self._awaited - self._arrived.keys()
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """The clients whose vectors are in the sum, ascending.
+
+        Raises:
+            PeerError: vectors are still coming.
+        """
+        if self._stage <= Stage.MASK:
+            raise PeerError(f"the round is in stage {self._stage.name}: whose vectors are in the sum is open")
+        return tuple(sorted(self._survivors))
 
     @property
     def outcome(self) -> Outcome:

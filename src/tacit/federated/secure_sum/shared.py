@@ -6,26 +6,39 @@ the parties.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tacit.errors import InputError, TooFewUpdates
+import numpy as np
+from numpy.typing import NDArray
+
+from tacit.errors import InputError, PeerError, TooFewUpdates
 from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.client import Task
-from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Safeguards, Summed, Traffic, VectorOf
+from tacit.federated.secure_sum.interface import (
+    ABOUT_NOTHING,
+    Opening,
+    Safeguards,
+    Summed,
+    Traffic,
+    VectorOf,
+    unannounced,
+)
 from tacit.federated.secure_sum.masked import Meter
 from tacit.federated.secure_sum.messages import ROUND_BYTES
-from tacit.federated.secure_sum.ring import Ring
+from tacit.federated.secure_sum.ring import Ring, Words
 from tacit.federated.secure_sum.shared_attestation import SharedAttestation
-from tacit.federated.secure_sum.shared_client import SharedPolicy, upload
+from tacit.federated.secure_sum.shared_client import Parts, SharedPolicy, upload
 from tacit.federated.secure_sum.shared_messages import Terms, check_terms
-from tacit.federated.secure_sum.shared_server import Noise, SharedServer, total_of
+from tacit.federated.secure_sum.shared_server import SharedServer, total_of
 from tacit.identity import Identity
 from tacit.mpc.lockstep import Trio
 from tacit.mpc.steps import Role
 from tacit.ring.prg import Prg
 
+NoiseOf = Callable[[Role, int], NDArray[np.int64]]
 TOO_LONG = "its vector is longer than the bound allows"
+APART = "its two parts do not belong together, or one did not arrive"
 BATCH = 32
 """Clients whose vectors are checked together: the rows of the projection are expanded once for all of them."""
 
@@ -57,8 +70,8 @@ class SharedSum:
         minimum: the fewest vectors in a sum, at least 3.
         bound: B, the largest L2 norm of a client's vector of integers, verified on shares (see
             `tacit.federated.secure_sum.shared_bounds`, and `norm_bound` there); 0 to verify nothing.
-        noise: what alice and bob each add to the sum, as integers; the encoding's headroom, times its clients, must
-            hold both.
+        noise: what alice and bob each add to the sum, as integers, by their role and the vectors' length; drawn afresh
+            at each call. The encoding's headroom, times its clients, must hold both.
         meter: what is told of times and bytes, by index of the client.
     """
 
@@ -67,7 +80,7 @@ class SharedSum:
     bob: Identity
     minimum: int
     bound: int = 0
-    noise: Noise | None = None
+    noise: NoiseOf | None = None
     meter: Meter = field(default_factory=Meter, repr=False, compare=False)
 
     @classmethod
@@ -83,11 +96,12 @@ class SharedSum:
         cohort: Sequence[int],
         vector_of: VectorOf,
         application: bytes = ABOUT_NOTHING,
+        opening: Opening = unannounced,
     ) -> Summed:
         """See `tacit.federated.secure_sum.interface.SecureSum.sum`.
 
-        A client that is lost before it has a vector costs nothing. Those whose vectors are beyond the bound are among
-        the lost; nobody has seen their vectors.
+        A client that is lost before it has a vector costs nothing. Those whose vectors are beyond the bound, or whose
+        parts a server refuses, are among the lost; nobody has seen their vectors.
         """
         if len(set(cohort)) != len(cohort) or not all(0 <= client < len(self.identities) for client in cohort):
             raise InputError(f"the cohort names a client twice or one that is not among the {len(self.identities)}")
@@ -117,16 +131,22 @@ class SharedSum:
                 lost[client] = "no vector"
                 continue
             with self.meter.client(client):
-                parts = upload(terms, number, self.identities[client], words, Prg.fresh())
+                parts = self.parts_of(terms, number, client, words)
             up[client] = len(parts.alice) + len(parts.bob)
             with self.meter.server():
-                alice.receive(parts.alice)
-                bob.receive(parts.bob)
-                if len(alice.claims) == BATCH:
+                for server, part in ((alice, parts.alice), (bob, parts.bob)):
+                    try:
+                        server.receive(part)
+                    except PeerError as error:
+                        lost[client] = f"{server.role.value} refused its part: {error}"
+                if len(alice.common(bob.claims)) == BATCH:
                     lost |= {cohort[i]: TOO_LONG for i in settle(alice, bob, trio)}
         with self.meter.server():
             lost |= {cohort[i]: TOO_LONG for i in settle(alice, bob, trio)}
-            total = total_of(terms, alice.reveal(self.noise), bob.reveal(self.noise))
+            lost |= {client: APART for i, client in enumerate(cohort) if i not in alice.summed and client not in lost}
+            if len(alice.summed) >= terms.minimum:
+                opening(tuple(sorted(cohort[i] for i in alice.summed)))
+            total = total_of(terms, *(self._revealed(server) for server in (alice, bob)))
             attestation = SharedAttestation.of(alice, alice.attest(self.alice), bob.attest(self.bob))
         return Summed(
             total,
@@ -136,3 +156,11 @@ class SharedSum:
             Safeguards("shared", len(cohort), self.minimum, 2, 2, verified=self.bound > 0),
             attestation.encoded(),
         )
+
+    def parts_of(self, terms: Terms, number: int, client: int, words: Words) -> Parts:
+        """What a client sends the two servers, by its number in the round and its index."""
+        return upload(terms, number, self.identities[client], words, Prg.fresh())
+
+    def _revealed(self, server: SharedServer) -> bytes:
+        noise = self.noise
+        return server.reveal(None if noise is None else lambda length: noise(server.role, length))

@@ -126,6 +126,11 @@ _decoder = msgspec.msgpack.Decoder(Part | Revealed)
 _NUMBERS = {Role.ALICE: 0, Role.BOB: 1}
 
 
+def room_for(bound: int) -> int:
+    """The least b of a ring in which vectors of norm ``bound`` can be verified."""
+    return (LEAST_ROOM * bound - 1).bit_length()
+
+
 def number_of(role: Role) -> int:
     """How messages name a server."""
     return _NUMBERS[role]

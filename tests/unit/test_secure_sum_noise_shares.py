@@ -13,10 +13,10 @@ from tacit.dp.accounting import SampledGaussian, privacy_spent
 from tacit.dp.discrete import LARGEST_VARIANCE
 from tacit.dp.ledger import Ledger
 from tacit.errors import InputError, RangeError
-from tacit.federated.distributed_privacy import NoiseShares, calibrated
 from tacit.federated.secure_sum.client import Policy
 from tacit.federated.secure_sum.interface import PlainSum
 from tacit.federated.secure_sum.masked import MaskedSum
+from tacit.federated.secure_sum.noise_shares import NoiseShares, calibrated, fitting_bits
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.server import Stage
 from tacit.ring.prg import Prg
@@ -41,7 +41,7 @@ def opened(plan, finished, scale=1.0):
     """The decoded sum of that many clients, in the ring as the protocols compute it."""
     total = plan.encoding.ring.zeros(SIZE)
     for i, update in enumerate(updates(scale)[:finished]):
-        total += plan.encode(update, Prg(SEED).derive("client", i)).words
+        total += plan.encode(update, Prg(SEED).derive("client", i))
     return plan.encoding.decode(plan.encoding.ring.reduce_(total))[0].double()
 
 
@@ -76,7 +76,7 @@ def test_rounded_updates_keep_their_bound_and_their_expectation(bits):
     steps = (2 ** (bits - 1) - 1) / CLIP
     update = updates()[0]
     update *= CLIP / float(update.norm())
-    drawn = [plan.rounded(update, prg) for _ in range(60)]
+    drawn = [plan.bounded.integers(update, prg) for _ in range(60)]
     assert all(int(np.dot(one, one)) <= plan.bound**2 for one in drawn)
     assert len({one.tobytes() for one in drawn}) == 60
     mean = torch.from_numpy(np.mean(drawn, axis=0))
@@ -89,11 +89,11 @@ def test_roundings_beyond_the_bound_are_drawn_again(monkeypatch):
     plan = shares(bits=4, noise_multiplier=3.0)
     prg = Prg(SEED)
     update = torch.full((SIZE,), CLIP / math.sqrt(SIZE))
-    likely = [int(np.dot(one, one)) for one in (plan.rounded(update, prg) for _ in range(50))]
+    likely = [int(np.dot(one, one)) for one in (plan.bounded.integers(update, prg) for _ in range(50))]
     # A bound in the middle of what the norms are: half of the first roundings exceed it, and none is sent.
     middle = math.sqrt(sorted(likely)[25])
-    monkeypatch.setattr(NoiseShares, "bound", property(lambda self: middle))
-    again = [int(np.dot(one, one)) for one in (plan.rounded(update, prg) for _ in range(50))]
+    monkeypatch.setitem(vars(plan.bounded), "bound", middle)
+    again = [int(np.dot(one, one)) for one in (plan.bounded.integers(update, prg) for _ in range(50))]
     assert max(again) <= middle**2 + 1e-6 < max(likely)
 
 
@@ -131,7 +131,7 @@ def test_masked_sums_carry_the_noise_of_those_who_finished(noise):
     plan = shares(noise=noise, noise_multiplier=0.5)
     ring, words = (
         plan.encoding.ring,
-        [plan.encode(update, Prg(SEED).derive("client", i)).words for i, update in enumerate(updates())],
+        [plan.encode(update, Prg(SEED).derive("client", i)) for i, update in enumerate(updates())],
     )
     policy = Policy(FEWEST, Assumption(corrupt=0.1, dropped=0.2, lying=False))
     ledger = Ledger()
@@ -176,7 +176,7 @@ def test_noise_is_found_for_a_target(noise):
 def test_an_impossible_target_is_refused():
     with pytest.raises(InputError, match="epsilon"):
         calibrated(0.0, 1e-5, 1, lambda z: shares(noise_multiplier=z))
-    with pytest.raises(InputError, match=r"nothing is left|overflow"):
+    with pytest.raises(InputError, match="choose fewer bits"):
         calibrated(1e-4, 1e-5, 1000, lambda z: shares(noise_multiplier=z))
 
 
@@ -190,6 +190,7 @@ def test_an_impossible_target_is_refused():
         ({"noise_multiplier": 0.0}, "noise_multiplier=0.0"),
         ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
         ({"noise": "laplace"}, "noise='laplace'"),
+        ({"added_by": "nobody"}, "added_by='nobody'"),
         ({"clip": 0.0}, "clip=0.0"),
         ({"clip": math.inf}, "clip=inf"),
         ({"size": 0}, "size=0"),
@@ -216,8 +217,32 @@ def test_an_update_of_another_shape_is_refused():
         shares().encode(torch.zeros(SIZE + 1), Prg(SEED))
 
 
-def test_noise_too_fine_to_draw_is_refused_when_it_is_drawn():
-    plan = shares(bits=24, clients=2, fewest=1, noise_multiplier=1.0)
-    assert plan.share.variance > LARGEST_VARIANCE
-    with pytest.raises(InputError, match="coarser scale"):
-        plan.encode(torch.zeros(SIZE), Prg(SEED))
+@pytest.mark.parametrize("by", ["clients", "servers"])
+def test_noise_too_fine_to_draw_is_refused_and_fewer_bits_draw_it(by):
+    given = {"clients": 3, "fewest": 2, "noise_multiplier": 8.0, "added_by": by}
+    with pytest.raises(InputError, match=r"bits=24.*choose fewer bits"):
+        shares(bits=24, **given)
+    bits = fitting_bits(24, 8.0, 2 if by == "clients" else 1)
+    plan = shares(bits=bits, **given)
+    assert LARGEST_VARIANCE / 5 < plan.share.variance <= LARGEST_VARIANCE
+    with pytest.raises(InputError, match=f"bits={bits + 1}"):
+        shares(bits=bits + 1, **given)
+    assert fitting_bits(16, 0.01, 1) == 16
+    assert fitting_bits(16, 1e9, 1) == 2
+
+
+def test_alice_and_bob_each_add_what_is_needed_alone():
+    plan = shares(added_by="servers")
+    std = plan.bounded.norm
+    assert plan.share.variance == pytest.approx(std**2)
+    assert all(plan.event(finished) == plan.event(1) for finished in range(1, CLIENTS + 1))
+    gaussian = privacy_spent([SampledGaussian(1.0)], 1e-5)
+    assert gaussian < privacy_spent([plan.event(FEWEST)], 1e-5) < 1.02 * gaussian
+    # Clients add none.
+    assert np.array_equal(plan.integers(updates()[0], Prg(SEED)), plan.bounded.integers(updates()[0], Prg(SEED)))
+    drawn = np.concatenate([plan.server_noise(Prg(SEED).derive("server", i)) for i in range(2)]).astype(float)
+    assert 1e-6 < stats.chi2.cdf(float((drawn**2).sum()) / std**2, 2 * SIZE) < 1 - 1e-6
+    # The ring holds both servers' noise, and no more than that.
+    assert 2 * 9.5 * std / 2**0.5 < CLIENTS * plan.encoding.headroom < 2 * 11 * std / 2**0.5
+    with pytest.raises(InputError, match="the clients of this sum"):
+        shares().server_noise(Prg(SEED))
