@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from tacit.bench.nets import NETS
 from tacit.demo import MODELS
 from tacit.errors import InputError
+from tacit.party.sources import factory
 from tacit.program.lowering import Context
 from tacit.program.network import Network, parse_network
 from tacit.program.rewrite import Model, simplify
@@ -45,23 +43,10 @@ def _model(name: str) -> tuple[Callable[[], Any], tuple[int, ...] | None]:
         return NETS[name].build, NETS[name].item_shape
     if name in MODELS:
         return MODELS[name], (1, 28, 28)
-    file, _, factory = name.rpartition(":")
-    if not file.endswith(".py"):
+    if ".py:" not in name:
         known = ", ".join({**MODELS, **NETS})
         raise InputError(f"model {name!r} is unknown: give one of {known}, or FILE.py:FACTORY")
-    return _imported(Path(file), factory), None
-
-
-def _imported(path: Path, factory: str) -> Callable[[], nn.Module]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise InputError(f"{path} is not a Python file: give FILE.py:FACTORY")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[[], nn.Module] | None = getattr(module, factory, None)
-    if not callable(found):
-        raise InputError(f"{path} has no function or class {factory!r} that makes a model")
-    return found
+    return factory(name), None
 
 
 def _item(text: str) -> tuple[int, ...]:

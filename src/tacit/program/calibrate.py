@@ -52,7 +52,8 @@ _LARGEST = 2.0**62
 COARSEST, FINEST = -6, 8
 """By how many fractional bits a result may have fewer or more than 16: products go on with up to 24."""
 _SCALED = ("relu", "maximum", "minimum", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d_relu")
-_KEY = "tacit calibration"
+CALIBRATION_KEY = "tacit calibration"
+"""Where a safetensors file has it among its metadata."""
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
@@ -227,7 +228,7 @@ def save_model(path: str | Path, model: nn.Module, calibration: Calibration) -> 
     partial = path.with_name(f"{path.name}.partial")
     # Tied weights share memory, which the format does not know.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, partial, {_KEY: calibration.to_json()})
+    save_file(state, partial, {CALIBRATION_KEY: calibration.to_json()})
     os.replace(partial, path)
 
 
@@ -247,7 +248,7 @@ def load_model(path: str | Path, model: nn.Module) -> Calibration:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
+            text = (file.metadata() or {}).get(CALIBRATION_KEY)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a readable model: {error}") from error
