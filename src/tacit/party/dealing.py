@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import queue
 import threading
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch import Tensor
 
-from tacit.errors import CodecError, InputError, PeerError, TacitError, one_line
-from tacit.mpc.correlation import Provider, layout
+from tacit.errors import CodecError, DataError, InputError, PeerError, TacitError, one_line
+from tacit.mpc.correlation import Correlation, Provider, layout
 from tacit.party.cluster_file import PROVIDER
 from tacit.party.dealing_messages import (
     Coming,
@@ -35,6 +37,7 @@ from tacit.party.dealing_messages import (
 )
 from tacit.party.loaded import PlannedModel
 from tacit.party.models import ModelPart, weight_masks
+from tacit.party.planned import Planned
 from tacit.party.tickets import DealtLedger, Ticket
 from tacit.party.transport import Link
 from tacit.party.vault import Vault
@@ -70,7 +73,39 @@ class Draw:
         return "Draw(hidden)"
 
 
-class DealtModel(PlannedModel):
+def draw(correlations: Sequence[Correlation], weight_masks: Mapping[int, Tensor] = MappingProxyType({})) -> Draw:
+    """Draw a ticket.
+
+    Args:
+        correlations: what it holds, in order.
+        weight_masks: those of the loaded weights that the correlations refer to, by number.
+    """
+    alice, bob = (Prg.fresh().bytes(SEED_BYTES) for _ in range(2))
+    provider = Provider(Prg(alice), Prg(bob), Prg.fresh())
+    provider.weight_masks = dict(weight_masks)
+
+    def corrections() -> Iterator[list[Tensor]]:
+        for correlation in correlations:
+            _, dealt = provider.deal(correlation)
+            if dealt:
+                yield [dealt[name] for name in layout(correlation).dealt]
+
+    return Draw(alice, bob, corrections())
+
+
+class Dealable(Planned):
+    """What the provider deals tickets for."""
+
+    @abstractmethod
+    def draw(self, batch: int) -> Draw:
+        """Draw a ticket.
+
+        Raises:
+            InputError: it does not run on batches of this size.
+        """
+
+
+class DealtModel(PlannedModel, Dealable):
     """A model version as the provider knows it: its programs, and the masks of its weights.
 
     Args:
@@ -89,18 +124,7 @@ class DealtModel(PlannedModel):
         Raises:
             InputError: the model was not pushed for this batch size.
         """
-        alice, bob = (Prg.fresh().bytes(SEED_BYTES) for _ in range(2))
-        provider = Provider(Prg(alice), Prg(bob), Prg.fresh())
-        correlations = self.cost(batch).correlations
-        provider.weight_masks = self._weight_masks(batch)
-
-        def corrections() -> Iterator[list[Tensor]]:
-            for correlation in correlations:
-                _, dealt = provider.deal(correlation)
-                if dealt:
-                    yield [dealt[name] for name in layout(correlation).dealt]
-
-        return Draw(alice, bob, corrections())
+        return draw(self.cost(batch).correlations, self._weight_masks(batch))
 
     def _weight_masks(self, batch: int) -> dict[int, Tensor]:
         variant = self.part.variant_of[batch]
@@ -120,11 +144,12 @@ class Dealer:
     Args:
         vault: the provider's models.
         ledger: its record.
+        others: what else it deals for, by digest; raises `InputError` for what it does not know.
     """
 
-    def __init__(self, vault: Vault, ledger: DealtLedger) -> None:
-        self._vault, self._ledger = vault, ledger
-        self._models: dict[str, DealtModel] = {}
+    def __init__(self, vault: Vault, ledger: DealtLedger, others: Callable[[str], Dealable] | None = None) -> None:
+        self._vault, self._ledger, self._others = vault, ledger, others
+        self._models: dict[str, Dealable] = {}
         self._guard, self._with_alice = threading.Lock(), threading.Lock()
         self._alice: Link | None = None
         self._stopping = threading.Event()
@@ -139,19 +164,29 @@ class Dealer:
         with self._guard:
             self._models.pop(digest, None)
 
-    def model(self, digest: str) -> DealtModel:
-        """A model to deal for.
+    def model(self, digest: str) -> Dealable:
+        """A model, or something else, to deal for.
 
         Raises:
             InputError: it is not here.
             DataError: its file is damaged.
         """
         with self._guard:
-            model = self._models.pop(digest, None) or DealtModel(self._vault.load(digest))
+            model = self._models.pop(digest, None) or self._found(digest)
             self._models[digest] = model  # the newest last
             while len(self._models) > _MODELS:
                 del self._models[next(iter(self._models))]
         return model
+
+    def _found(self, digest: str) -> Dealable:
+        try:
+            return DealtModel(self._vault.load(digest))
+        except DataError:
+            raise
+        except InputError:
+            if self._others is None:
+                raise
+        return self._others(digest)
 
     def attach_alice(self, link: Link) -> None:
         """Deal to alice over this link from now on, in the place of any other."""

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 from torch import Tensor
 
-from tacit.errors import CorrelationError, InputError
-from tacit.mpc.correlation import Correlation, Party, layout
+from tacit.errors import InputError
 from tacit.mpc.linear import Weight
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol, Role
 from tacit.party.driver import Pool
 from tacit.party.models import ModelPart
+from tacit.party.planned import Planned, expansion
 from tacit.party.programs import Program
 from tacit.program.run import Cost, execute, factors, with_weights
 from tacit.ring.fixed_point import FRACTION_BITS
-from tacit.ring.prg import Prg
-from tacit.wire import Item, items_of
 
 
-def dealt_items(correlation: Correlation) -> tuple[Item, ...]:
-    """What bob is sent for a correlation."""
-    return tuple(Item(field.dtype, field.shape) for field in layout(correlation).dealt.values())
-
-
-class PlannedModel:
+class PlannedModel(Planned):
     """What a ticket of a model version takes, for every batch size; planned when it is first asked for.
 
     Args:
@@ -33,8 +26,13 @@ class PlannedModel:
     """
 
     def __init__(self, part: ModelPart) -> None:
+        super().__init__()
         self.part = part
-        self._costs: dict[int, Cost] = {}
+
+    @property
+    def digest(self) -> str:
+        """The model version's."""
+        return self.part.digest
 
     def program(self, batch: int) -> Program:
         """The program for a batch size.
@@ -47,16 +45,13 @@ class PlannedModel:
             raise InputError(f"{self.part.name} was pushed for batches of {sizes}, not of {batch}")
         return self.part.programs[batch]
 
-    def cost(self, batch: int) -> Cost:
-        """What a run costs; its correlations are what a ticket holds, in order."""
-        program = self.program(batch)
-        if batch not in self._costs:
-            self._costs[batch] = program.cost()
-        return self._costs[batch]
+    def plan(self, batch: int) -> Cost:
+        """Work out what a run costs.
 
-    def items(self, batch: int) -> tuple[Item, ...]:
-        """The tensors that bob is sent with a ticket."""
-        return tuple(item for correlation in self.cost(batch).correlations for item in dealt_items(correlation))
+        Raises:
+            InputError: the model was not pushed for this batch size.
+        """
+        return self.program(batch).cost()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.part})"
@@ -75,7 +70,17 @@ class LoadedModel(PlannedModel):
         self._states: dict[int, dict[str, Share | Weight]] = {}
 
     def expand(self, batch: int, seed: bytes, corrections: Iterable[Tensor]) -> Pool:
-        """All that a run takes, from what a ticket holds.
+        """All that a run takes, from what a ticket holds; see `expanding`."""
+        steps = self.expanding(batch, seed, corrections)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                pool: Pool = stop.value
+                return pool
+
+    def expanding(self, batch: int, seed: bytes, corrections: Iterable[Tensor]) -> Generator[None, None, Pool]:
+        """All that a run takes, from what a ticket holds, worked out in steps for who has other things to do.
 
         Args:
             batch: the ticket's batch size.
@@ -87,15 +92,10 @@ class LoadedModel(PlannedModel):
             CorrelationError: the corrections are not those of such a ticket.
         """
         weights = {value.number: value for value in self._state(batch).values() if isinstance(value, Weight)}
-        party, pool, rest = Party(self.role, Prg(seed), weights), Pool(), iter(corrections)
-        for number, correlation in enumerate(self.cost(batch).correlations):
-            wanted = layout(correlation).dealt if self.role is Role.BOB else {}
-            sent = dict(zip(wanted, rest, strict=False))
-            if items_of(sent.values()) != dealt_items(correlation)[: len(wanted)]:
-                raise _not_of_this(batch)
-            pool.put(correlation, party.receive(number, correlation, sent))
-        if next(rest, None) is not None:
-            raise _not_of_this(batch)
+        pool = Pool()
+        for correlation, part in expansion(self.role, self.cost(batch).correlations, seed, corrections, weights):
+            pool.put(correlation, part)
+            yield
         return pool
 
     def run(self, batch: int, inputs: Sequence[Share]) -> Protocol[tuple[Share, ...]]:
@@ -120,7 +120,3 @@ class LoadedModel(PlannedModel):
             }
             self._states[batch] = with_weights(program.graph, state, weights)
         return self._states[batch]
-
-
-def _not_of_this(batch: int) -> CorrelationError:
-    return CorrelationError(f"the corrections are not those of a ticket for a batch of {batch}: it was thrown away")

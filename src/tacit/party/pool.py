@@ -12,7 +12,6 @@ time.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,7 +88,7 @@ class PoolStore:
         self._claimed: dict[Ticket, bytes] = {}
         self._file_bytes: dict[Ticket, int] = {}
         self._writing: set[Ticket] = set()
-        self._lock = _locked(self._folder)
+        self._lock = atomic.lock(self._folder)
         try:
             path = self._folder / "ledger.sqlite"
             self._ledger = Database(path, _APPLICATION, _FORMAT, _SCHEMA, self._unusable, shared=True)
@@ -395,14 +394,3 @@ def _row(ticket: Ticket) -> tuple[str, int, int]:
 
 def _came_before(ticket: Ticket) -> CorrelationError:
     return CorrelationError(f"ticket {ticket} came before, or a later one did: it is refused")
-
-
-def _locked(folder: Path) -> int:
-    """A lock on a folder that ends with this process, however it ends."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise DataError(f"{folder} is in use by another process: one party has one folder") from None
-    return descriptor

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tacit.errors import CodecError, CorrelationError, PeerError, StorageFull, one_line
 from tacit.party.dealing_messages import Coming, Dealt, Refused, Seeds, Stored, Want, decode, encode
-from tacit.party.loaded import PlannedModel, dealt_items
+from tacit.party.planned import Planned, dealt_items
 from tacit.party.pool import ROW_BYTES, PoolStore
 from tacit.party.refill import Line, Rate, Refill, Trim, Wanted, next_step
 from tacit.party.tickets import Ticket
@@ -28,13 +28,13 @@ _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 """How long to wait after the first failure to reach the provider, the second, and so on."""
 
 
-def ticket_bytes(model: PlannedModel, batch: int) -> int:
+def ticket_bytes(model: Planned, batch: int) -> int:
     """What a ticket takes on bob's disk, or a few bytes more: larger serials take more."""
     items = model.items(batch)
     return ROW_BYTES + len(head_bytes(Kind.CORRECTIONS, 1 << 62, items)) + sum(item.nbytes for item in items)
 
 
-def fetch(link: Link, store: PoolStore, model: PlannedModel, want: Want) -> Dealt:
+def fetch(link: Link, store: PoolStore, model: Planned, want: Want) -> Dealt:
     """Have tickets dealt and store them: one exchange of bob's with the provider.
 
     Args:
@@ -109,15 +109,15 @@ class Refilling:
     ) -> None:
         self._dial, self._store, self._trim, self._seen = dial, store, trim, seen_by_alice
         self._guard, self._rate = threading.Lock(), Rate()
-        self._wanted: dict[Line, tuple[Wanted, PlannedModel]] = {}
+        self._wanted: dict[Line, tuple[Wanted, Planned]] = {}
         self._woken, self._stopping = threading.Event(), threading.Event()
         self.trouble = ""
 
-    def want(self, model: PlannedModel, ahead: Mapping[int, int]) -> None:
+    def want(self, model: Planned, ahead: Mapping[int, int]) -> None:
         """Keep tickets of a model: so many ahead, by batch size. Planning it takes a moment, here and not later."""
         lines = {}
         for batch, count in ahead.items():
-            line = (model.part.digest, batch)
+            line = (model.digest, batch)
             lines[line] = Wanted(line, count, ticket_bytes(model, batch)), model
         with self._guard:
             self._wanted |= lines
@@ -190,7 +190,7 @@ class Refilling:
         return not dealt.reason
 
 
-def _stored(link: Link, store: PoolStore, model: PlannedModel, coming: Coming) -> Stored | Refused:
+def _stored(link: Link, store: PoolStore, model: Planned, coming: Coming) -> Stored | Refused:
     """Store a ticket while it arrives."""
     corrections = _arriving(link, model, coming.ticket.batch)
     try:
@@ -201,7 +201,7 @@ def _stored(link: Link, store: PoolStore, model: PlannedModel, coming: Coming) -
     return Stored()
 
 
-def _arriving(link: Link, model: PlannedModel, batch: int) -> Iterator[Tensor]:
+def _arriving(link: Link, model: Planned, batch: int) -> Iterator[Tensor]:
     for correlation in model.cost(batch).correlations:
         if items := dealt_items(correlation):
             yield from link.receive_tensors(Kind.CORRECTIONS, items)
