@@ -11,7 +11,7 @@ from tacit.errors import DataError, InputError, PeerError
 from tacit.mpc.shares import reconstruct
 from tacit.party.calls import Planned
 from tacit.party.launch import Dealt, LocalProcesses, Outcome
-from tacit.party.training import TrainingProgram
+from tacit.party.training import training_program
 from tacit.program.lowering import Context
 from tacit.program.optimizers import Optimizer, Sgd
 from tacit.program.recipe import Loss, Recipe
@@ -70,7 +70,7 @@ class ProcessTrainer:
         if self._ahead:
             raise InputError(f"{self._ahead} steps were dealt for batches of another shape: take them first")
         cost = self.cost(shape)
-        planned = self._processes.install(self._program(shape))
+        planned = self._processes.install(training_program(self._recipe, shape))
         if planned != Planned(cost.rounds, cost.bytes_online, cost.bytes_dealt):
             raise PeerError("the processes plan another cost than this one: they do not run the same version")
         if self._begin:
@@ -175,13 +175,7 @@ class ProcessTrainer:
 
     def operators(self, shape: tuple[int, ...]) -> dict[str, str]:
         """The operators of a step on a batch of this shape, by the names under which `step` takes their times."""
-        return {node.name: node.operator for node in self._program(shape).step.graph.nodes}
-
-    def _program(self, shape: tuple[int, ...]) -> TrainingProgram:
-        """The step on a batch of this shape, for the three processes."""
-        recipe, planned = self._recipe, self._recipe.plan(tuple(shape))
-        numbers = len(recipe.optimizer.numbers(1))
-        return TrainingProgram(planned.program, recipe.shapes, (shape, planned.output), numbers, recipe.context)
+        return {node.name: node.operator for node in self._recipe.plan(tuple(shape)).program.graph.nodes}
 
     def __repr__(self) -> str:
         return f"ProcessTrainer({self.steps} steps, shared by alice and bob)"

@@ -23,7 +23,7 @@ from tacit.mpc.steps import Protocol, Role
 from tacit.party.graphs import DTYPES, PackedNode, pack_nodes, unpack_context, unpack_graph
 from tacit.program.lowering import Context
 from tacit.program.lowering.backward import PARAMETER_BITS
-from tacit.program.recipe import run_step
+from tacit.program.recipe import Recipe, run_step
 from tacit.program.run import Cost, check, cost_of
 from tacit.program.step import StepProgram
 from tacit.ring.fixed_point import FRACTION_BITS
@@ -102,6 +102,18 @@ class TrainingProgram:
         if len(left) < len(outputs) or left[:-1] != [(self.state[name], PARAMETER_BITS) for name in self.updated]:
             raise InputError("the training step leaves a state of other shapes or scales than it takes")
         return cost_of(self.step.graph, meter)
+
+
+def training_program(recipe: Recipe, shape: Shape) -> TrainingProgram:
+    """The step of a recipe on batches of this shape, for the three processes.
+
+    Raises:
+        InputError: the model does not take such batches, or has no gradient on shares.
+        UnsupportedOperator: the step uses an operator that has no encrypted form.
+    """
+    planned = recipe.plan(tuple(shape))
+    numbers = len(recipe.optimizer.numbers(1))
+    return TrainingProgram(planned.program, recipe.shapes, (tuple(shape), planned.output), numbers, recipe.context)
 
 
 def _blank(shape: Shape, scale: int) -> Share:

@@ -144,11 +144,11 @@ class Recipe:
             RangeError: a value is not finite, or of magnitude 16,384 or more.
             UnsupportedOperator: the step uses an operator that has no encrypted form.
         """
-        inputs = _batch(inputs)
+        inputs = real_rows(inputs)
         words = encode(inputs)
         planned = self.plan(tuple(inputs.shape), inputs.dtype)
-        targets = encode(_targets(labels, planned), what="labels")
-        return planned, [share(value, FRACTION_BITS, client) for value in (words, targets)]
+        real = targets(labels, planned.output, sum_to_one=planned.program.labels_sum_to_one)
+        return planned, [share(value, FRACTION_BITS, client) for value in (words, encode(real, what="labels"))]
 
     def restored(self, state: Mapping[str, Pair]) -> nn.Module:
         """The model, from both parties' shares of it."""
@@ -244,7 +244,12 @@ class Recipe:
         raise InputError(f"{self.name} does not take inputs of shape {shape}: {reason}")
 
 
-def _batch(inputs: Any) -> Tensor:
+def real_rows(inputs: Any) -> Tensor:
+    """Inputs as they are shared: one row an item, real or whole numbers.
+
+    Raises:
+        InputError: they are none.
+    """
     if not isinstance(inputs, Tensor):
         raise InputError(f"the input is a {type(inputs).__name__}: give a torch.Tensor")
     if inputs.dim() < 1 or not len(inputs):
@@ -254,9 +259,17 @@ def _batch(inputs: Any) -> Tensor:
     return inputs.detach()
 
 
-def _targets(labels: Any, planned: PlannedStep) -> Tensor:
-    """The labels as real targets of the model's output's shape."""
-    shape = planned.output
+def targets(labels: Any, shape: tuple[int, ...], *, sum_to_one: bool) -> Tensor:
+    """Labels as they are shared: real targets of the model's output's shape.
+
+    Args:
+        labels: class numbers, which become rows of zeros and a one, or real targets.
+        shape: of the model's output.
+        sum_to_one: whether the training step relies on each row summing to one.
+
+    Raises:
+        InputError: they are neither.
+    """
     if not isinstance(labels, Tensor):
         raise InputError(f"the labels are a {type(labels).__name__}: give a torch.Tensor")
     labels = labels.detach()
@@ -268,7 +281,7 @@ def _targets(labels: Any, planned: PlannedStep) -> Tensor:
         labels = torch.eye(shape[-1])[labels.long()]
     if tuple(labels.shape) != shape:
         raise InputError(f"labels of shape {tuple(labels.shape)} do not fit the model's output {shape}")
-    if planned.program.labels_sum_to_one and not bool(((labels.double().sum(1) - 1).abs() <= _SUM_TOLERANCE).all()):
+    if sum_to_one and not bool(((labels.double().sum(1) - 1).abs() <= _SUM_TOLERANCE).all()):
         raise InputError("a row of the labels does not sum to one, as cross-entropy takes them")
     targets: Tensor = labels
     return targets
