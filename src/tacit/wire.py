@@ -156,12 +156,15 @@ def head_bytes(kind: Kind, number: int, items: Sequence[Item], body: bytes = b""
     return _PREFIX.pack(MAGIC, VERSION, kind, len(header), payload) + header
 
 
-def parse_prefix(data: bytes | bytearray, limit: int = MAX_PAYLOAD_BYTES) -> Prefix:
+def parse_prefix(
+    data: bytes | bytearray, limit: int = MAX_PAYLOAD_BYTES, header_limit: int = MAX_HEADER_BYTES
+) -> Prefix:
     """Read the first `PREFIX_BYTES` of a frame.
 
     Args:
         data: those bytes.
         limit: the largest payload to accept.
+        header_limit: the largest header to accept.
 
     Raises:
         CodecError: not a frame of this version, an unknown kind, or too large.
@@ -175,8 +178,8 @@ def parse_prefix(data: bytes | bytearray, limit: int = MAX_PAYLOAD_BYTES) -> Pre
         raise CodecError(f"the frame is of version {version}; this side speaks version {VERSION}")
     if kind not in Kind.__members__.values():
         raise CodecError(f"the frame is of unknown kind {kind}")
-    if header > MAX_HEADER_BYTES or payload > limit:
-        raise CodecError(f"the frame announces {header} + {payload} bytes, over {MAX_HEADER_BYTES} + {limit}")
+    if header > header_limit or payload > limit:
+        raise CodecError(f"the frame announces {header} + {payload} bytes, over {header_limit} + {limit}")
     return Prefix(Kind(kind), header, payload)
 
 

@@ -1,6 +1,8 @@
 """Links: frames over a connection, both ways at once, plain and encrypted alike."""
 
+import select
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,3 +154,20 @@ def test_what_was_sent_before_closing_arrives(links: Links) -> None:
         bob.receive(Kind.CALL)
     with pytest.raises(PeerError):
         flood(bob)
+
+
+def test_closing_wakes_another_thread_that_waits(links: Links) -> None:
+    waiting, closed = both(lambda: links[0].receive(Kind.CALL), lambda: (time.sleep(0.1), links[0].close()))
+    assert isinstance(waiting, PeerError)
+    assert not isinstance(closed, Exception)
+    assert links[0].fileno() == -1
+
+
+def test_what_came_early_is_told(links: Links) -> None:
+    alice, bob = links
+    for _ in range(2):
+        alice.send(Kind.CALL, body=b"two frames at once")
+    for left in (1, 0):
+        assert bob.buffered or select.select([bob], [], [], 10)[0]
+        bob.receive(Kind.CALL)
+        assert bool(bob.buffered or select.select([bob], [], [], 0)[0]) == bool(left)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Mapping
 
 from tacit.errors import InputError, PeerError
 from tacit.identity import Identity
 from tacit.party import tls
 from tacit.party.address import Address
+from tacit.party.session import Called, Caller, Session
+from tacit.party.session_messages import MAX_BODY_BYTES, refusal
 from tacit.party.streams import Encrypted
 from tacit.party.transport import PATIENCE_S, Link
+from tacit.wire import Kind
 
 HANDSHAKE_S = 10.0
 """How long the other side may take to connect and to authenticate itself."""
+MAX_HEADER_BYTES = MAX_BODY_BYTES + 64
+"""Of a frame that opens a session: all that somebody can have this side keep in memory before there is one."""
 _BACKLOG = 128
 
 
@@ -76,6 +82,58 @@ def answer(
         PeerError: the caller holds none of the keys.
     """
     return _authenticated(Encrypted(sock, context, server_side=True), identity, pins, _caller(sock), patience)
+
+
+def open_session(links: Mapping[str, Link], caller: Caller) -> Session:
+    """Open a session with every party that it is with, over links that `dial` gave.
+
+    Raises:
+        PeerError: one of them refused, or is gone; the links are closed.
+    """
+    try:
+        for party in caller.legs:
+            caller.welcomed(party, _said(links[party]))
+        try:
+            greeting = caller.greeting()
+        except PeerError as error:
+            _say(links, refusal(error))
+            raise
+        _say(links, greeting)
+        *_, session = (caller.accepted(party, _said(links[party]), time.monotonic()) for party in caller.legs)
+    except BaseException:
+        for link in links.values():
+            link.close()
+        raise
+    return session
+
+
+def accept_session(link: Link, called: Called) -> Session:
+    """Have the caller of a link that `answer` gave open a session.
+
+    Raises:
+        PeerError: it is refused, or gone; the link is closed.
+    """
+    try:
+        link.send(Kind.HELLO, body=called.welcome())
+        try:
+            session, accepted = called.greeted(_said(link), time.monotonic())
+        except PeerError as error:
+            link.send(Kind.HELLO, body=refusal(error))
+            raise
+        link.send(Kind.HELLO, body=accepted)
+    except BaseException:
+        link.close()
+        raise
+    return session
+
+
+def _say(links: Mapping[str, Link], body: bytes) -> None:
+    for link in links.values():
+        link.send(Kind.HELLO, body=body)
+
+
+def _said(link: Link) -> bytes:
+    return link.receive(Kind.HELLO, limit=0, header_limit=MAX_HEADER_BYTES).body
 
 
 def _authenticated(

@@ -20,6 +20,13 @@ _RECORD = 1 << 14
 _PIECE = 1 << 17
 """Bytes encrypted before any of them is sent; received before any is decrypted."""
 
+_KEEPALIVE = {
+    getattr(socket, name): value
+    for name, value in {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}.items()
+    if hasattr(socket, name)
+}
+"""Where the system lets a socket choose: after a minute of silence, and given up after another."""
+
 
 class Stream(Protocol):
     """A connected socket."""
@@ -27,6 +34,10 @@ class Stream(Protocol):
     @property
     def unsent(self) -> bool:
         """Whether `push` holds bytes that it has taken and not sent."""
+
+    @property
+    def buffered(self) -> bool:
+        """Whether bytes have come that `pull` has not handed on: the socket does not tell of them any more."""
 
     def push(self, outgoing: list[memoryview]) -> bool:
         """Send what can be sent without waiting, and drop it from the list; whether anything moved.
@@ -56,7 +67,7 @@ class Plain:
         sock: connected; the stream owns it from now on.
     """
 
-    unsent = False
+    unsent = buffered = False
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = _prepared(sock)
@@ -82,7 +93,7 @@ class Plain:
 
     def close(self) -> None:
         """Close the connection."""
-        self._sock.close()
+        _close(self._sock)
 
 
 class Encrypted:
@@ -111,6 +122,11 @@ class Encrypted:
     def unsent(self) -> bool:
         """See `Stream.unsent`."""
         return bool(self._unsent) or self._encrypted.pending > 0
+
+    @property
+    def buffered(self) -> bool:
+        """See `Stream.buffered`."""
+        return self._received.pending > 0 or self.tls.pending() > 0
 
     def handshake(self, patience: float) -> None:
         """Agree on keys and authenticate; whoever calls this checks with whom.
@@ -164,7 +180,7 @@ class Encrypted:
         with contextlib.suppress(ssl.SSLError, ValueError):
             self.tls.unwrap()
         self._send_alert()
-        self._sock.close()
+        _close(self._sock)
 
     def _receive(self) -> bool:
         try:
@@ -176,7 +192,7 @@ class Encrypted:
 
     def _decrypt(self, incoming: list[memoryview]) -> bool:
         moved = False
-        if not self._received.pending and not self.tls.pending():
+        if not self.buffered:
             return False  # asking OpenSSL would cost an exception
         try:
             while incoming:
@@ -200,7 +216,17 @@ def _prepared(sock: socket.socket) -> socket.socket:
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer that is silent for long may be idle, or its machine may be gone: the kernel asks, and breaks the link.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
     return sock
+
+
+def _close(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)  # wakes another thread that waits; closing alone does not
+    sock.close()
 
 
 def _some(count: int) -> int:

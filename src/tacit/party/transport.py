@@ -24,6 +24,7 @@ from tacit.errors import CodecError, PeerError
 from tacit.party.streams import Plain, Stream
 from tacit.party.tls import refusal
 from tacit.wire import (
+    MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     PREFIX_BYTES,
     Frame,
@@ -75,17 +76,18 @@ class Link:
         if kind is Kind.CORRECTIONS:
             self.bytes_corrections += sum(item.nbytes for item in items_of(tensors))
 
-    def receive(self, *kinds: Kind, limit: int = MAX_PAYLOAD_BYTES) -> Frame:
+    def receive(self, *kinds: Kind, limit: int = MAX_PAYLOAD_BYTES, header_limit: int = MAX_HEADER_BYTES) -> Frame:
         """Wait for one frame, whatever its tensors.
 
         Args:
             kinds: those to accept.
             limit: the largest payload to accept.
+            header_limit: the largest header to accept.
 
         Raises:
             PeerError: the peer is gone, or `CodecError`: what it sent is not such a frame.
         """
-        prefix = parse_prefix(self._read(PREFIX_BYTES), limit)
+        prefix = parse_prefix(self._read(PREFIX_BYTES), limit, header_limit)
         if prefix.kind not in kinds:
             raise CodecError(f"{self.peer} sent a frame of kind {prefix.kind.name} out of turn")
         head = parse_header(prefix, self._read(prefix.header_bytes))
@@ -132,8 +134,17 @@ class Link:
         self.moved_s += time.perf_counter() - began - (self.waited_s - waited)
         return opened
 
+    def fileno(self) -> int:
+        """The socket's, to wait on, unless something is `buffered` already."""
+        return self._stream.fileno()
+
+    @property
+    def buffered(self) -> bool:
+        """Whether bytes of the next frame have been taken from the socket."""
+        return self._stream.buffered
+
     def close(self) -> None:
-        """Close the connection; the peer's next call fails."""
+        """Close the connection; the peer's next call fails, and so does another thread's that waits."""
         self._stream.close()
 
     def _outgoing(self, kind: Kind, tensors: Sequence[Tensor], body: bytes) -> list[memoryview]:
