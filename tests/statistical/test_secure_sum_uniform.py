@@ -4,7 +4,7 @@ Seeds are fixed, so a test passes always or never; the level is 10^-6 for a whol
 Every deliberately weak generator below must be noticed by the same tests.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import chi2_contingency, chisquare
 
 from secure_sums import World, prg, require_exact, run
-from tacit.federated.secure_sum import messages
+from tacit.federated.secure_sum import client, messages, server
 from tacit.federated.secure_sum.ring import Words
 from tacit.federated.secure_sum.server import Stage
 from tacit.ring.prg import Prg
@@ -144,11 +144,13 @@ WEAK: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 def replace_generator(monkeypatch: pytest.MonkeyPatch, stream_of: Callable[[int, int], np.ndarray]) -> None:
-    def add_into(self: Prg, words: Words, *, subtract: bool = False) -> None:
-        stream = stream_of(int.from_bytes(self.bytes(4), "big"), len(words)).astype(np.uint32)
-        np.subtract(words, stream, out=words) if subtract else np.add(words, stream, out=words)
+    def add_streams(words: Words, streams: Iterable[tuple[Prg, bool]]) -> None:
+        for generator, subtract in streams:
+            stream = stream_of(int.from_bytes(generator.bytes(4), "big"), len(words)).astype(np.uint32)
+            np.subtract(words, stream, out=words) if subtract else np.add(words, stream, out=words)
 
-    monkeypatch.setattr(Prg, "add_into", add_into)
+    for module in (client, server):
+        monkeypatch.setattr(module, "add_streams", add_streams)
 
 
 def smallest() -> float:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tacit.errors import InputError, RangeError
+from tacit.ring import prg as prg_module
 from tacit.ring.field import PRIME, decrypt, encrypt
 from tacit.ring.fixed_point import decode, encode
 from tacit.ring.integers import (
@@ -123,6 +124,17 @@ class TestPrg:
     def test_draws_continue_the_stream_and_never_repeat(self, counts: list[int]) -> None:
         generator = Prg(SEED)
         assert b"".join(generator.bytes(count) for count in counts) == aes_ctr(SEED, sum(counts))
+
+    @given(st.lists(st.integers(0, 70), max_size=20), st.integers(1, 9))
+    def test_the_stream_goes_on_where_the_counter_of_gcm_ends(self, counts: list[int], blocks: int) -> None:
+        # As if it ended not after 64 GiB, but after a few blocks.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prg_module, "_GCM_BLOCKS", blocks)
+            generator = Prg(SEED)
+            assert b"".join(generator.bytes(count) for count in counts) == aes_ctr(SEED, sum(counts))
+
+    def test_gcm_ends_where_its_counter_does(self) -> None:
+        assert 2 + prg_module._GCM_BLOCKS == 1 << 32
 
     def test_words_and_bits_are_the_bytes_of_the_stream(self) -> None:
         stream = aes_ctr(SEED, 49)

@@ -23,7 +23,7 @@ from tacit.federated.secure_sum.parameters import Assumption, Sharing, choose, c
 from tacit.federated.secure_sum.ring import Ring, pack_plainly, unpack_plainly
 from tacit.ring import shamir
 from tacit.ring.field import PRIME_256, inverses
-from tacit.ring.prg import Prg
+from tacit.ring.prg import Prg, add_streams
 
 rings = st.integers(2, 32).map(Ring)
 
@@ -91,6 +91,15 @@ class TestPrgAddInto:
         prg(1).add_into(taken, subtract=True)
         assert np.array_equal(added, words + stream)
         assert np.array_equal(taken, words - stream)
+
+    @pytest.mark.parametrize("count", [0, 3, 33_000, 70_001])
+    def test_many_streams_are_added_as_one_after_another(self, count: int) -> None:
+        together, single = prg(2).array(4 * count).view(np.uint32), prg(2).array(4 * count).view(np.uint32)
+        signs = [bool(prg(9, i).below(2)) for i in range(70)]
+        add_streams(together, ((prg(5, i), sign) for i, sign in enumerate(signs)))
+        for i, sign in enumerate(signs):
+            prg(5, i).add_into(single, subtract=sign)
+        assert np.array_equal(together, single)
 
     def test_what_was_added_is_not_drawn_again(self) -> None:
         generator, words = prg(1), np.zeros(33_000, np.uint32)

@@ -12,6 +12,7 @@ nothing is answered any more. The specification is docs/spec/masked-sum.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NoReturn
@@ -46,7 +47,7 @@ from tacit.federated.secure_sum.messages import (
 from tacit.federated.secure_sum.parameters import PRIVACY_BITS, Assumption, privacy_bits
 from tacit.federated.secure_sum.ring import Packed, Ring, Words
 from tacit.identity import KEY_BYTES, SIGNATURE_BYTES, Identity
-from tacit.ring.prg import SEED_BYTES, Prg
+from tacit.ring.prg import SEED_BYTES, Prg, add_streams
 from tacit.ring.shamir import ELEMENT_BYTES, split
 
 _ROSTER_SLACK_BITS = 1.0
@@ -300,11 +301,7 @@ class MaskedClient:
         ring.require(words, self._task.length)
         try:
             masked = words.copy()
-            Prg(self_seed(secrets.own, self._transcript, self._number)).add_into(masked)
-            for other in self._masking:
-                key = self._advert(other).mask_key
-                seed = pair_seed(secrets.mask_pair, key, self._transcript, self._number, other)
-                Prg(seed).add_into(masked, subtract=self._number > other)
+            add_streams(masked, self._masks(secrets))
             packed = ring.pack(ring.reduce_(masked))
             # From here on the two secrets live in their shares only.
             del secrets.mask_pair, secrets.own, secrets.seal_pair
@@ -313,6 +310,14 @@ class MaskedClient:
         except BaseException:
             self._end(State.FAILED)
             raise
+
+    def _masks(self, secrets: _Secrets) -> Iterator[tuple[Prg, bool]]:
+        """The client's own mask, and those that it shares; the lower number of a pair adds, the other takes away."""
+        yield Prg(self_seed(secrets.own, self._transcript, self._number)), False
+        for other in self._masking:
+            key = self._advert(other).mask_key
+            seed = pair_seed(secrets.mask_pair, key, self._transcript, self._number, other)
+            yield Prg(seed), self._number > other
 
     def _confirm(self, message: Survivors) -> bytes:
         survivors = frozenset(messages.members_of(message.survivors, len(self._invite.identities)))

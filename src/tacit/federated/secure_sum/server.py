@@ -12,7 +12,7 @@ docs/spec/masked-sum.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
@@ -36,7 +36,7 @@ from tacit.federated.secure_sum.messages import (
     Unmask,
 )
 from tacit.federated.secure_sum.ring import Packed, Words
-from tacit.ring.prg import SEED_BYTES, Prg
+from tacit.ring.prg import SEED_BYTES, Prg, add_streams
 from tacit.ring.shamir import ELEMENT_BYTES, combine, weights_at_zero
 
 T = TypeVar("T")
@@ -285,27 +285,31 @@ class MaskedServer:
         for holder, answer in answers.items():
             for owner, share in answer.shares:
                 held[owner][holder + 1] = share
-        for client, shares in held.items():
-            if client in self._survivors:
-                self._take_away_own(client, shares)
-            elif self._partners[client] & self._survivors:
-                self._take_away_left(client, shares)
+        add_streams(self._total, self._left_masks(held))
         total = self._invite.ring.reduce_(self._total)
         attestation = Attestation.of(self._invite, self._transcript, self._survivors, self._signatures)
         self._outcome = Outcome(total, tuple(sorted(self._survivors)), dict(self._lost), attestation)
 
-    def _take_away_own(self, client: int, shares: dict[int, bytes]) -> None:
-        """Remove a survivor's own mask."""
+    def _left_masks(self, held: dict[int, dict[int, bytes]]) -> Iterator[tuple[Prg, bool]]:
+        """The masks that are still in the sum, and whether each is to be taken away."""
+        for client, shares in held.items():
+            if client in self._survivors:
+                yield self._own_mask(client, shares), True
+            elif self._partners[client] & self._survivors:
+                yield from self._shared_masks(client, shares)
+
+    def _own_mask(self, client: int, shares: dict[int, bytes]) -> Prg:
+        """A survivor's own."""
 
         def own_secret(element: int) -> bytes | None:
             own = element.to_bytes(ELEMENT_BYTES, "big")[-SEED_BYTES:]
             return own if commitment(own, self._transcript, client) == self._commitments[client] else None
 
         own = self._reconstructed(client, shares, own_secret)
-        Prg(self_seed(own, self._transcript, client)).add_into(self._total, subtract=True)
+        return Prg(self_seed(own, self._transcript, client))
 
-    def _take_away_left(self, client: int, shares: dict[int, bytes]) -> None:
-        """Remove the masks that a lost client shares with survivors."""
+    def _shared_masks(self, client: int, shares: dict[int, bytes]) -> Iterator[tuple[Prg, bool]]:
+        """Those that a lost client shares with survivors."""
 
         def mask_pair(element: int) -> KeyPair | None:
             pair = KeyPair.of_number(element)
@@ -315,7 +319,7 @@ class MaskedServer:
         for partner in self._partners[client] & self._survivors:
             seed = pair_seed(pair, self._mask_keys[partner], self._transcript, client, partner)
             # The survivor added it if its number is the lower one.
-            Prg(seed).add_into(self._total, subtract=partner < client)
+            yield Prg(seed), partner < client
 
     def _reconstructed(self, client: int, shares: dict[int, bytes], check: Callable[[int], T | None]) -> T:
         """What ``check`` makes of a client's secret, from the first t neighbouring shares that it takes.
