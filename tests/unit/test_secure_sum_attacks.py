@@ -1,6 +1,6 @@
 """The masked sum under interference: on the way, by other clients, and by a server that lies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from itertools import product
 
@@ -367,6 +367,28 @@ class TestLyingAboutKeys:
             lie = msgspec.structs.replace(honest, adverts=adverts)
             tell(at(Stage.SHARE), Stage.SHARE, lie, "one advert for each member")
 
+    def test_a_roster_too_small_for_the_clients_assumption(self) -> None:
+        # Some numbers of members are worse than their fraction of corrupt ones says, since clients are whole.
+        world = World(60, assumption=Assumption(0.2, 0.1, False), minimum=20)
+        tell(advertised(world), Stage.SHARE, roster_of(world, range(31)), "31 give 37.5 bits of privacy")
+
+
+def advertised(world: World) -> MaskedClient:
+    """Client 0, which has answered the invitation."""
+    client = world.client(0)
+    client.receive(MaskedServer(world.invite).invite())
+    return client
+
+
+def roster_of(world: World, members: range) -> Roster:
+    """The honest roster of some members."""
+    listed = b""
+    for number in members:
+        frame = world.client(number).receive(MaskedServer(world.invite).invite())
+        _, advert, envelope, _ = messages.read_client_frame(frame, 0)
+        listed += advert.mask_key + advert.seal_key + envelope.signature
+    return Roster(world.invite.context, mask(*members, n=world.n), listed)
+
 
 class TestLyingAboutShares:
     @pytest.mark.parametrize(
@@ -414,18 +436,25 @@ class TestLyingAboutShares:
         lie = Inbox(CONTEXT, mask(0, 1), tuple(entry for entry in honest.sealed if entry[0] == 1))
         tell(at(Stage.MASK), Stage.MASK, lie, "fewer than 2 of this client's holders")
 
+    def test_too_few_partners_left(self) -> None:
+        world = World(60)
+        client = advertised(world)
+        _, message, *_ = messages.read_client_frame(
+            client.receive(messages.server_frame(1, roster_of(world, range(60)))), 0
+        )
+        partners = [holder for holder, partner, _ in message.sealed if partner]
+        spared = world.invite.sharing.least_partners
+        # Enough holders are left, and fewer partners than a client insists on.
+        left = set(range(60)) - set(partners[: len(partners) - spared + 1])
+        assert len(left & {holder for holder, *_ in message.sealed}) > world.invite.threshold
+        alone = Inbox(world.invite.context, mask(*left, n=60), ())
+        tell(client, Stage.MASK, alone, f"only {spared - 1} of this client's partners are left, {spared} are needed")
+
     def test_more_clients_choose_one_holder_than_chance_allows(self) -> None:
         world = World(100, assumption=Assumption(0.0, 0.0))
-        context, invite = world.invite.context, world.invite
-        listed = b""
-        for number in range(world.n):
-            client = world.client(number)
-            _, advert, envelope, _ = messages.read_client_frame(client.receive(MaskedServer(invite).invite()), 0)
-            listed += advert.mask_key + advert.seal_key + envelope.signature
+        client, context = advertised(world), world.invite.context
+        client.receive(messages.server_frame(1, roster_of(world, range(world.n))))
         everybody = mask(*range(world.n), n=world.n)
-        client = world.client(0)
-        client.receive(MaskedServer(invite).invite())
-        client.receive(messages.server_frame(1, Roster(context, everybody, listed)))
         flood = Inbox(context, everybody, tuple((number, False, bytes(80)) for number in range(1, world.n)))
         tell(client, Stage.MASK, flood, "99 clients chose this one as a holder")
 
@@ -481,8 +510,8 @@ class TestLyingAboutTheRound:
             world.client(0).receive(messages.server_frame(0, invite))
 
 
-def wrong_shares(holders: set[int], lost: int | None):
-    """Some holders send wrong shares, rightly signed; one client may be lost before its vector arrives."""
+def wrong_shares(holders: set[int], lost: int | None, owners: Container[int] = range(4)):
+    """Some holders send wrong shares of these, rightly signed; one client may be lost before its vector arrives."""
 
     def tamper(direction: str, stage: Stage, number: int, frame: bytes) -> list[bytes]:
         if (number, stage) == (lost, Stage.MASK):
@@ -490,7 +519,9 @@ def wrong_shares(holders: set[int], lost: int | None):
         if (direction, stage) != ("up", Stage.UNMASK) or number not in holders:
             return [frame]
         _, message, *_ = messages.read_client_frame(frame, 0)
-        shares = tuple((owner, flipped(share, 7 + number)) for owner, share in message.shares)
+        shares = tuple(
+            (owner, flipped(share, 7 + number) if owner in owners else share) for owner, share in message.shares
+        )
         content = messages.encode(msgspec.structs.replace(message, shares=shares))
         return [messages.client_frame(stage, content, sign(WORLD.identity(number), CONTEXT, content))]
 
@@ -526,6 +557,17 @@ class TestCorruptClients:
         ran = run(WORLD, wrong_shares({0, 1}, lost))
         assert "reconstruct to something else" in ran.failure
         assert ran.total is None
+
+    @pytest.mark.parametrize("wrong", [{0}, {2}, {0, 1}])
+    def test_wrong_shares_of_a_lost_clients_key_leave_no_sum(self, wrong: set[int]) -> None:
+        ran = run(WORLD, wrong_shares(wrong, lost=3, owners={3}))
+        if len(wrong) == 1:
+            # Two of three holders sent the right one.
+            require_exact(WORLD, ran)
+            assert ran.survivors == (0, 1, 2)
+        else:
+            assert "a secret of client 3 reconstruct to something else" in ran.failure
+            assert ran.total is None
 
     def test_another_digest(self) -> None:
         ran = self.forge(Stage.MASK, lambda m: msgspec.structs.replace(m, digest=bytes(32)))

@@ -479,6 +479,18 @@ class TestNorms:
         assert true > SLACK * bound, "not a vector that should fail"
         assert verdicts([words, residues(np.zeros(LENGTH), bits)], bits, bound) == (False, True)
 
+    def test_a_vector_made_for_an_earlier_coin_is_excluded(self) -> None:
+        known = torch.zeros(2, dtype=torch.int64)
+        rows = project([residues(one) for one in np.eye(LENGTH)], known).double().numpy()
+        long = of_norm(100 * BOUND)
+        # What is orthogonal to all the rows, to the nearest integers.
+        made = np.round(long - rows @ np.linalg.solve(rows.T @ rows, rows.T @ long))
+        assert np.linalg.norm(made) > 90 * BOUND
+        projected = project([residues(made)], known).numpy()
+        centred = (projected + (1 << BITS - 1)) % (1 << BITS) - (1 << BITS - 1)
+        assert int((centred**2).sum()) < threshold(BOUND) // 1000
+        assert not any(verdicts([residues(made)], seed=seed)[0] for seed in range(3))
+
     def test_the_squares_of_the_wrapping_vectors_do_wrap(self) -> None:
         for name in (
             "one entry at the far end of the ring",
