@@ -314,6 +314,7 @@ def test_what_the_cluster_file_permits() -> None:
         ("bob", "clinic"): ["client"],
         ("provider", "alice"): ["pool"],
         ("provider", "bob"): ["pool"],
+        ("provider", "hospital"): ["owner"],
     }
 
 

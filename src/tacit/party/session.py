@@ -6,9 +6,9 @@
     caller → party   Greeting   version, purpose, the caller's name and nonce, and the Welcome of every party it called
     party → caller   Accepted   the session's id                    (or Refused, and the connection is closed)
 
-A client or an owner calls alice and bob, waits for both of their Welcomes, and sends both the same Greeting. The
-session's id is a hash of the Greeting and of the key that the caller proved to hold, so it is the same at alice, at bob
-and at the caller, and covers everything that any of them said:
+A client calls alice and bob, an owner the provider too. It waits for all of their Welcomes and sends all of them the
+same Greeting. The session's id is a hash of the Greeting and of the key that the caller proved to hold, so it is the
+same at all parties and at the caller, and covers everything that any of them said:
 
 * a Greeting without the nonce that a party has just drawn is refused there, so none can be *replayed*;
 * ids are equal at alice and bob only for one caller, one purpose and one pair of connections, so a client's session
@@ -82,13 +82,13 @@ TABLE: Mapping[tuple[State, Event], State] = {
 
 def permitted(cluster: ClusterFile, party: str, caller: str) -> frozenset[Purpose]:
     """What the cluster file lets a caller call a party for."""
-    if party == PROVIDER:
-        return frozenset({Purpose.POOL}) if caller in (ALICE, BOB) else frozenset()
     found = set()
-    if caller in cluster.clients:
-        found.add(Purpose.CLIENT)
     if caller in cluster.owners:
         found.add(Purpose.OWNER)
+    if party == PROVIDER:
+        return frozenset(found | {Purpose.POOL} if caller in (ALICE, BOB) else found)
+    if caller in cluster.clients:
+        found.add(Purpose.CLIENT)
     if (party, caller) == (ALICE, BOB):
         found |= {Purpose.CONTROL, Purpose.DATA}
     return frozenset(found)
@@ -253,7 +253,7 @@ class Caller:
         name: this side's name.
         key: its public key.
         purpose: what the session is for.
-        parties: who is called, in the order alice, bob.
+        parties: who is called, in the order alice, bob, provider.
         parent, worker: see `Greeting`.
         nonce: 32 bytes that were never used before.
 

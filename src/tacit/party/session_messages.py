@@ -29,10 +29,10 @@ class Purpose(StrEnum):
     @property
     def parties(self) -> tuple[tuple[str, ...], ...]:
         """Which parties one session of this kind is with: one of these groups."""
-        both, alice = (ALICE, BOB), (ALICE,)
+        both, alice, all_three = (ALICE, BOB), (ALICE,), (ALICE, BOB, PROVIDER)
         return {
             Purpose.CLIENT: (both,),
-            Purpose.OWNER: (both,),
+            Purpose.OWNER: (all_three,),
             Purpose.CONTROL: (alice,),
             Purpose.DATA: (alice,),
             Purpose.POOL: ((PROVIDER,),),
@@ -76,7 +76,7 @@ class Greeting(_Message, frozen=True):
         purpose: what it is for.
         caller: the caller's name.
         nonce: drawn for this session.
-        welcomes: what the parties said, in the order alice, bob.
+        welcomes: what the parties said, in the order alice, bob, provider.
         parent: the id of the control session that a worker's data session belongs to; else empty.
         worker: which worker a data session is with; else 0.
     """
@@ -85,7 +85,7 @@ class Greeting(_Message, frozen=True):
     purpose: Purpose
     caller: _Label
     nonce: _Nonce
-    welcomes: Annotated[tuple[Welcome, ...], Meta(min_length=1, max_length=2)]
+    welcomes: Annotated[tuple[Welcome, ...], Meta(min_length=1, max_length=3)]
     parent: Annotated[bytes, Meta(max_length=ID_BYTES)]
     worker: Annotated[int, Meta(ge=0, lt=1 << 16)]
 
