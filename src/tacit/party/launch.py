@@ -42,21 +42,13 @@ from tacit.party.calls import (
     Usage,
     Used,
 )
+from tacit.party.children import ENVIRONMENT
 from tacit.party.process import ALICE, BOB, LAUNCHER, NAMES, PROVIDER
 from tacit.party.programs import Program, encode_program
 from tacit.party.training import TrainingProgram, encode_training_program
 from tacit.party.transport import TOKEN_BYTES, Link, connect
 from tacit.wire import Kind
 
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "NUMBA_NUM_THREADS": "1",
-    # Freed memory is kept and lies in huge pages: a round's tensors are megabytes, and having the kernel hand them out
-    # and clear them page by page took a third of the online time of LeNet at batch 128.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
-    ":glibc.malloc.trim_threshold=17179869184",
-}
 _STARTING_S = 120.0
 _STOPPING_S = 5.0
 _REAPING_S = 1.0
@@ -271,7 +263,7 @@ class LocalProcesses:
                 [sys.executable, "-m", "tacit.party", name],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=os.environ | _ENVIRONMENT,
+                env=os.environ | ENVIRONMENT,
                 start_new_session=True,
             )
         for process in self._processes.values():
