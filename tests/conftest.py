@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 
+from faults import INJECTED
 from tacit.data import mnist as mnist_files
 from tacit.data.examples import Dataset
 
@@ -41,3 +42,10 @@ def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
             monkeypatch.setattr(mnist_files, f"{kind}_{what}", replace(published, size=len(content), sha256=digest))
             contents[published.name] = content
     return contents
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many faults the tests have injected."""
+    if INJECTED:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(INJECTED.items()))
+        terminalreporter.write_line(f"{INJECTED.total():,} faults injected: {kinds}")

@@ -74,13 +74,17 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, if it is missing, that only its owner may look into.
+    """Make a folder, if it is missing, that only its owner may look into, and those above it.
 
     Raises:
         DataError: it cannot be made.
     """
     with disk_errors(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.is_dir():
+            if not folder.parent.is_dir():
+                make_private(folder.parent)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            sync(folder.parent)
 
 
 def sync(path: Path) -> None:

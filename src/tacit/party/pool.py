@@ -88,6 +88,7 @@ class PoolStore:
         self._claimed: dict[Ticket, bytes] = {}
         self._file_bytes: dict[Ticket, int] = {}
         self._writing: set[Ticket] = set()
+        self._old: frozenset[Ticket] = frozenset()
         self._lock = atomic.lock(self._folder)
         try:
             path = self._folder / "ledger.sqlite"
@@ -242,9 +243,10 @@ class PoolStore:
     def reconcile(self, others: Sequence[Holding]) -> int:
         """Throw away the tickets that the other party does not have: it used or lost them, or never had them.
 
-        Tickets above all that it has seen of their model and batch size stay, since they may be on their way to it.
-        Both parties do this at the start of a session, before either takes a ticket: a ticket that one of them has used
-        is then gone at both, even if the other's disk was put back to an earlier state.
+        Tickets that came since this pool was opened stay if they are above all that the other has seen of their model
+        and batch size: they may be on their way to it. Both parties do this at the start of a session, before either
+        takes a ticket: a ticket that one of them has used is then gone at both, even if the other's disk was put back
+        to an earlier state.
 
         Args:
             others: the other party's `holdings`.
@@ -258,8 +260,8 @@ class PoolStore:
             for one in self.holdings():
                 other = there.get((one.model, one.batch))
                 seen, serials = (other.seen, {*other.serials}) if other else (one.seen, set[int]())
-                stale = (serial for serial in one.serials if serial <= seen and serial not in serials)
-                gone += [Ticket(one.model, one.batch, serial) for serial in stale]
+                missing = (Ticket(one.model, one.batch, serial) for serial in one.serials if serial not in serials)
+                gone += [ticket for ticket in missing if ticket.serial <= seen or ticket in self._old]
             self.discard(gone)
         return len(gone)
 
@@ -369,6 +371,7 @@ class PoolStore:
                 else:
                     lost.append(ticket)
             ledger.executemany(_DELETE, map(_row, lost))
+        self._old = frozenset(self._file_bytes)
         for path in (*map(self._path, lost), *(self._files / name for name in there)):
             path.unlink(missing_ok=True)
         return len(lost)

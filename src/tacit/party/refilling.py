@@ -47,11 +47,19 @@ def fetch(link: Link, store: PoolStore, model: Planned, want: Want) -> Dealt:
         Which tickets both parties have now; those that only bob has are thrown away already.
 
     Raises:
-        PeerError: the provider is gone. What it had sent and bob stored may be unknown to alice: the next
-            `PoolStore.reconcile` settles it.
+        PeerError: the provider is gone. What came of this is thrown away: it may never have come to alice.
         CodecError: it sent something else.
         DataError: the pool cannot be used.
     """
+    stored: list[Ticket] = []
+    try:
+        return _fetched(link, store, model, want, stored)
+    except BaseException:
+        store.discard(stored)
+        raise
+
+
+def _fetched(link: Link, store: PoolStore, model: Planned, want: Want, stored: list[Ticket]) -> Dealt:
     link.send(Kind.CALL, body=encode(want))
     while True:
         frame = link.receive(Kind.SEED, Kind.REPLY)
@@ -63,7 +71,10 @@ def fetch(link: Link, store: PoolStore, model: Planned, want: Want) -> Dealt:
             raise CodecError(f"{link.peer} sent something else than a ticket")
         if (message.ticket.model, message.ticket.batch) != (want.model, want.batch):
             raise CodecError(f"{link.peer} sent a ticket that was not asked for")
-        link.send(Kind.REPLY, body=encode(_stored(link, store, model, message)))
+        answer = _stored(link, store, model, message)
+        if isinstance(answer, Stored):
+            stored.append(message.ticket)
+        link.send(Kind.REPLY, body=encode(answer))
 
 
 def take_seeds(link: Link, store: PoolStore) -> None:
@@ -154,20 +165,20 @@ class Refilling:
                 self._woken.clear()
                 try:
                     link = link or self._dial()
-                    busy, failures = self._once(link), 0
+                    busy, self.trouble = self._once(link)
                 except PeerError as error:
                     if link is not None:
                         link.close()
                     link, busy, self.trouble = None, False, one_line(error)
-                    failures += 1
+                failures = failures + 1 if self.trouble else 0
                 if not busy:
                     self._woken.wait(_AGAIN_S[min(failures, len(_AGAIN_S)) - 1] if failures else _IDLE_S)
         finally:
             if link is not None:
                 link.close()
 
-    def _once(self, link: Link) -> bool:
-        """Take one step; whether there may be another to take at once."""
+    def _once(self, link: Link) -> tuple[bool, str]:
+        """Take one step; whether there may be another to take at once, and what is in the way of it."""
         with self._guard:
             wanted = dict(self._wanted)
         step = next_step(
@@ -177,17 +188,15 @@ class Refilling:
             tickets = [Ticket(*step.line, serial) for serial in self._store.serials(*step.line)[-step.count :]]
             self._trim(tickets)
             self._store.discard(tickets)
-            return True
+            return True, ""
         if not isinstance(step, Refill):
-            self.trouble = ""
-            return False
+            return False, ""
         began = time.monotonic()
         want = Want(*step.line, step.count, max(self._seen(step.line), self._store.seen(*step.line)))
         dealt = fetch(link, self._store, wanted[step.line][1], want)
         with self._guard:
             self._rate.came(step.line, len(dealt.complete), began, time.monotonic())
-        self.trouble = dealt.reason
-        return not dealt.reason
+        return not dealt.reason, dealt.reason
 
 
 def _stored(link: Link, store: PoolStore, model: Planned, coming: Coming) -> Stored | Refused:
