@@ -25,6 +25,7 @@ from torch import Tensor
 from tacit import atomic
 from tacit.database import Database
 from tacit.errors import CorrelationError, DataError, InputError, StorageFull
+from tacit.party.folder_lock import lock
 from tacit.party.sealing import SALT_BYTES, Seal, check_key, fresh_salt, subkey
 from tacit.party.tickets import BatchSize, Digest, Serial, Ticket, check_ticket
 from tacit.party.vouchers import Voucher, context, covered, redeem
@@ -89,7 +90,7 @@ class PoolStore:
         self._file_bytes: dict[Ticket, int] = {}
         self._writing: set[Ticket] = set()
         self._old: frozenset[Ticket] = frozenset()
-        self._lock = atomic.lock(self._folder)
+        self._lock = lock(self._folder)
         try:
             path = self._folder / "ledger.sqlite"
             self._ledger = Database(path, _APPLICATION, _FORMAT, _SCHEMA, self._unusable, shared=True)
