@@ -51,6 +51,7 @@ class Kind(IntEnum):
     OPEN = 6
     CORRECTIONS = 7
     SECURE_SUM = 8
+    SITE = 9
 
 
 _DTYPES = {

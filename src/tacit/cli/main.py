@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tacit import __version__
-from tacit.cli import bench, keys
+from tacit.cli import bench, keys, site
 from tacit.cli.audit import audit
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
@@ -25,10 +25,11 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(train)
 app.command()(resume)
-app.command()(runs)
 app.command()(audit)
 app.command()(cost)
+app.add_typer(runs, name="runs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(site.app, name="site")
 app.add_typer(bench.app, name="bench")
 
 

@@ -7,20 +7,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
+from tacit.cli import watch as watching
 from tacit.errors import InputError
 from tacit.federated.history import RoundRecord
 from tacit.report import html
 from tacit.runs import listing
 from tacit.runs.experiment import Experiment
-from tacit.runs.train import OnRound, Outcome, start
+from tacit.runs.train import OnBoard, OnRound, Outcome, start
 from tacit.runs.train import resume as resume_run
+
+if TYPE_CHECKING:
+    from tacit.runtimes.flower.board import Board
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
@@ -28,11 +34,14 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as th
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML file; docs/training.md lists every key.")],
     run: Annotated[Path | None, typer.Option(help="The run's folder; else runs/NAME-DATE-TIME.")] = None,
+    coordinator: Annotated[
+        Path | None, typer.Option(help="Of a run over sites: the coordinator's file; else coordinator.toml by CONFIG.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Train federatedly as a config file says; the run's folder keeps everything."""
+    """Train federatedly as a config file says, here or over sites; the run's folder keeps everything."""
     folder = run or Path("runs") / f"{config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    _watch(lambda on_round: start(config, folder, on_round), folder, as_json)
+    _watch(lambda on_round, on_board: start(config, folder, on_round, coordinator, on_board), folder, as_json)
 
 
 def resume(
@@ -40,10 +49,38 @@ def resume(
     as_json: _Json = False,
 ) -> None:
     """Go on with a run that was interrupted, from its last snapshot, as if nothing had happened."""
-    _watch(lambda on_round: resume_run(run, on_round), run, as_json)
+    _watch(lambda on_round, on_board: resume_run(run, on_round, on_board), run, as_json)
 
 
-def runs(
+class _ListedByDefault(TyperGroup):
+    """A group whose first word may be a run's folder, where it is no command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """See click."""
+        known = args and args[0] in self.commands
+        return super().resolve_command(ctx, args if known else ["list", *args])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See click; no words at all list what is in runs/."""
+        return super().parse_args(ctx, args if args[:1] and args != ["--json"] else ["list", *args])
+
+
+runs = typer.Typer(cls=_ListedByDefault, help="Runs: list them, or watch one over sites as it goes on.")
+
+
+@runs.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    once: Annotated[bool, typer.Option(help="Show it as it is now, and stop.")] = False,
+) -> None:
+    """Show a run over sites as it goes on: sites, stage, metrics, ε, bytes."""
+    watching.watch(run, once)
+
+
+@runs.command("list")
+def listed(
     folders: Annotated[list[Path] | None, typer.Argument(help="Runs, or folders of runs; else runs/.")] = None,
     as_json: _Json = False,
 ) -> None:
@@ -67,10 +104,10 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Table:
     return table
 
 
-def _watch(work: Callable[[OnRound], Outcome], folder: Path, as_json: bool) -> None:
+def _watch(work: Callable[[OnRound, OnBoard], Outcome], folder: Path, as_json: bool) -> None:
     console = Console(stderr=True)
-    with _bar(console) as on_round:
-        outcome = work(on_round)
+    with _bar(console) as (on_round, on_board):
+        outcome = work(on_round, on_board)
     summary = listing.summary(folder.name, outcome.history)
     ended = f" (it ended early: {outcome.reason})" if outcome.reason else ""
     console.print(f"{listing.sentence(summary)}{ended}", highlight=False, soft_wrap=True)
@@ -86,24 +123,35 @@ def _watch(work: Callable[[OnRound], Outcome], folder: Path, as_json: bool) -> N
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[OnRound]:
+def _bar(console: Console) -> Iterator[tuple[OnRound, OnBoard]]:
     columns = (
         TextColumn("federated training"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[news]}"),
+        TextColumn("{task.fields[stage]}", style="dim"),
     )
     progress = Progress(*columns, console=console)
-    bar = progress.add_task("", total=None, news="")
+    bar = progress.add_task("", total=None, news="", stage="")
 
     def on_round(record: RoundRecord, experiment: Experiment) -> None:
         progress.start()
         total = experiment.config.rounds.number
         progress.update(bar, completed=record.round, total=total, news=listing.news(record))
 
+    said: list[str] = []
+
+    def on_board(board: Board) -> None:
+        progress.start()
+        if board.stage:
+            progress.update(bar, stage=f"round {board.round}, {board.stage}: {len(board.awaited)} to come")
+        for note in [note for note in board.notes if note not in said]:
+            said.append(note)
+            progress.console.print(note, style="dim", highlight=False, soft_wrap=True)
+
     try:
-        yield on_round
+        yield on_round, on_board
     finally:
         if progress.live.is_started:
             progress.stop()

@@ -45,6 +45,27 @@ def evaluate(
     return total / len(examples), correct / len(examples)
 
 
+def ranking_quality(model: nn.Module, examples: Examples) -> float | None:
+    """The area under the ROC curve of a classifier of two classes: how often it ranks a 1 above a 0, ties half.
+
+    ``None`` if there are other classes, or none of one of the two.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        outputs = model(examples.inputs).double()
+    model.train(was_training)
+    if outputs.shape[1:] not in ((), (1,), (2,)):
+        return None
+    scores = outputs[:, 1] - outputs[:, 0] if outputs.shape[1:] == (2,) else outputs.flatten()
+    positive = scores[examples.targets == 1]
+    negative = scores[examples.targets == 0].sort().values
+    if not len(positive) or not len(negative):
+        return None
+    above = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    return float(above.double().mean()) / (2 * len(negative))
+
+
 def evaluate_clients(
     model: nn.Module,
     algorithm: Algorithm,

@@ -125,7 +125,8 @@ class TrainingReport:
         algorithm: name of the algorithm.
         secure_sum: whether the server saw only sums of the clients' updates.
         history: the rounds, in order.
-        label_counts: int64 tensor ``(clients, classes)``; training examples of each class at each client.
+        label_counts: int64 tensor ``(clients, classes)``; training examples of each class at each client; ``None``
+            where only the clients know.
         seconds: wall-clock time of all rounds.
         settings: what the run was asked to do, by name.
         versions: software and machine, by name.
@@ -136,7 +137,7 @@ class TrainingReport:
     algorithm: str
     secure_sum: bool
     history: Sequence[RoundRecord]
-    label_counts: Tensor
+    label_counts: Tensor | None
     seconds: float
     settings: Mapping[str, str]
     versions: Mapping[str, str]

@@ -56,20 +56,21 @@ def training_header(report: TrainingReport) -> str:
     return f"""<header>
 <p class="kicker">tacit: a federated training</p>
 <h1>Train together, <span>keep it apart.</span></h1>
-<p class="lead">{plural(len(report.label_counts), "client")} trained one {escape(report.model)} on
-{escape(report.dataset)} by {escape(report.algorithm)}, without handing over a single example.</p>
+<p class="lead">{plural(_clients(report.history, report.label_counts), "client")} trained one
+{escape(report.model)} on {escape(report.dataset)} by {escape(report.algorithm)},
+without handing over a single example.</p>
 <dl class="figures">
 {rows}
 </dl>
 </header>"""
 
 
-def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: float, secure_sum: bool) -> str:
+def training(history: Sequence[RoundRecord], label_counts: Tensor | None, seconds: float, secure_sum: bool) -> str:
     """Write how the federated rounds went, and how the data lay over the clients."""
     masked = ""
     if secure_sum:
         masked = _secretly(history)
-    clients = len(label_counts)
+    clients = _clients(history, label_counts)
     drawn = (
         (plots.accuracy(history), "Accuracy of the global model on held-out examples, after each round."),
         (plots.loss(history), "Mean loss of the global model on held-out examples."),
@@ -85,7 +86,7 @@ def training(history: Sequence[RoundRecord], label_counts: Tensor, seconds: floa
         "clients": count(clients),
         "rounds": count(len(history)),
         "clients in a round": cohort,
-        "training examples": count(int(label_counts.sum())),
+        "training examples": "only the clients know" if label_counts is None else count(int(label_counts.sum())),
         "sent to the server": size(sum(record.bytes_up for record in history)),
         "sent to clients": size(sum(record.bytes_down for record in history)),
         "time": duration(seconds),
@@ -98,10 +99,17 @@ examples for a while and sends back only what changed; the server averages the c
 where they are.{masked}</p>
 {_drawn(drawn) or '<p class="note">No round of this run was evaluated.</p>'}
 <div class="pair {wide}">
-{_plot(plots.partition(label_counts), split, wide)}
+{"" if label_counts is None else _plot(plots.partition(label_counts), split, wide)}
 {_facts(facts)}
 </div>"""
     return _section("Training together", text)
+
+
+def _clients(history: Sequence[RoundRecord], label_counts: Tensor | None) -> int:
+    """How many clients there are, or have been heard of."""
+    if label_counts is not None:
+        return len(label_counts)
+    return len({client for record in history for client in (*record.cohort, *record.lost)})
 
 
 def _secretly(history: Sequence[RoundRecord]) -> str:

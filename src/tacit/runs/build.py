@@ -38,6 +38,7 @@ from tacit.federated.scaffold import Scaffold
 from tacit.federated.selection import AvailabilityAware, ByExamples, Poisson, Selection, Uniform
 from tacit.runs import config
 from tacit.runtimes.federation import Devices
+from tacit.runtimes.simulation import least_in_sum
 
 IMAGE_MODELS: dict[str, Callable[[], nn.Module]] = {"2nn": two_nn, "cnn": cnn, "lenet": lenet}
 TABLE_MODELS: dict[str, Callable[[int, int], nn.Module]] = {"logistic": logistic, "mlp": mlp}
@@ -130,6 +131,15 @@ def devices(settings: config.Config, clients: int, origin: Path) -> Devices | No
         fleet = Fleet(Trace.read(origin / section.trace, clients), eligibility, seed=settings.seed)
     policy = RoundPolicy(section.over_selection, section.deadline, section.close_at, section.minimum)
     return Devices(fleet, policy)
+
+
+def least_vectors(settings: config.Config, clients: int) -> int:
+    """The fewest vectors in a secure sum, which clients and server find from the same settings."""
+    section, devices = settings.secure_sum, settings.devices
+    asked = None if section is None else section.minimum
+    everybody = torch.ones(clients, dtype=torch.int64)
+    least = asked or least_in_sum(everybody, selection(settings, None))
+    return max(least, 1 if devices is None else devices.minimum)
 
 
 def privacy(settings: config.Config) -> Privacy | None:

@@ -21,9 +21,12 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Data(_Section, frozen=True):
     """The examples, and which part of each client's its own evaluation keeps back."""
 
-    dataset: Literal["digits", "mnist", "heart"] = "digits"
+    dataset: Literal["digits", "mnist", "heart", "sites"] = "digits"
     dir: str | None = None
     held_out: float = 0.0
+    shape: tuple[int, ...] | None = None
+    classes: int | None = None
+    standardise: bool = False
 
 
 class Iid(_Section, tag="iid", tag_field="name", frozen=True):
@@ -229,6 +232,7 @@ class SecureSum(_Section, frozen=True):
     bits: int = 16
     minimum: int | None = None
     verified: bool = False
+    most_examples: int | None = None
 
 
 class Privacy(_Section, frozen=True):
@@ -260,7 +264,7 @@ class Config(_Section, frozen=True):
     """A whole run."""
 
     seed: int = 0
-    runtime: Literal["simulation"] = "simulation"
+    runtime: Literal["simulation", "flower"] = "simulation"
     data: Data = Data()
     split: Iid | Dirichlet | Shards | Quantity | Natural = Iid()
     model: Model = Model()

@@ -13,13 +13,63 @@ from torch import Tensor
 
 from tacit.data.digits import load_digits
 from tacit.data.examples import Dataset, Examples
-from tacit.data.heart_disease import Moments, load_heart_disease, standardised
+from tacit.data.heart_disease import FEATURES, Moments, load_heart_disease, standardised
 from tacit.data.mnist import load_mnist
 from tacit.data.partition import dirichlet, dirichlet_sizes, iid, shards, stratified
 from tacit.data.views import ClientViews
 from tacit.errors import InputError
 from tacit.federated.generators import generator_for
 from tacit.runs import config
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What examples a run is for, known without any.
+
+    Args:
+        name: of the data set.
+        shape: of one example.
+        classes: how many there are.
+        standardised: whether features are standardised by the moments of all clients' training examples.
+        public: whether its test set is for anybody to have.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    classes: int
+    standardised: bool
+    public: bool
+
+    def blank(self) -> Dataset:
+        """A data set of that kind, of zeros."""
+        examples = Examples(torch.zeros(2, *self.shape), torch.zeros(2, dtype=torch.int64))
+        return Dataset(self.name, examples, examples, self.classes)
+
+
+_SIGNATURES = {
+    "digits": Signature("digits", (1, 28, 28), 10, False, True),
+    "mnist": Signature("mnist", (1, 28, 28), 10, False, True),
+    "heart": Signature("heart", (len(FEATURES),), 2, True, False),
+}
+
+
+def signature(settings: config.Config) -> Signature:
+    """What examples a run is for.
+
+    Raises:
+        InputError: the data are the sites' own, and the config does not say of what kind.
+    """
+    section = settings.data
+    if section.dataset != "sites":
+        return _SIGNATURES[section.dataset]
+    if not section.shape or min(section.shape) < 1 or (section.classes or 0) < 2:
+        raise InputError(
+            f"data.shape={section.shape}, data.classes={section.classes}: with dataset = 'sites' say of which shape an "
+            "example is, such as [13], and how many classes there are, 2 or more"
+        )
+    if section.standardise and len(section.shape) != 1:
+        raise InputError(f"data.standardise goes with features in a row, not with examples of shape {section.shape}")
+    return Signature("sites", section.shape, section.classes or 0, section.standardise, False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +98,8 @@ def holdings(settings: config.Config, origin: Path) -> Holdings:
     if not 0 <= section.held_out < 1:
         raise InputError(f"data.held_out={section.held_out}: keep back a fraction of 0 or more and below 1")
     folder = None if section.dir is None else origin / section.dir
+    if section.dataset == "sites":
+        raise InputError("data.dataset='sites' is what the sites have: it goes with runtime = 'flower'")
     if section.dataset == "heart":
         return _heart(settings, folder)
     if isinstance(settings.split, config.Natural):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,15 +68,35 @@ class Evidence:
             InputError: the key file can be read by others, or nothing can be written.
             DataError: the pins in the folder are those of other parties.
         """
+        parties = Parties.simulated(self._own(), clients)
+        self._pin(parties.pins)
+        return parties
+
+    def coordinator(self, clients: Sequence[bytes]) -> Identity:
+        """Who signs the transcript of a run among real clients; likewise new at the first start.
+
+        Args:
+            clients: their identities, by index.
+
+        Raises:
+            InputError: the key file can be read by others, or nothing can be written.
+            DataError: the run began among other clients.
+        """
+        own = self._own()
+        self._pin(Pins(own.public, tuple(clients)))
+        return own
+
+    def _own(self) -> Identity:
         key = self.path / "identity.pem"
         if not key.exists() and not self.transcript.exists():
             Identity.fresh().save(key)
-        parties = Parties.simulated(Identity.load(key), clients)
+        return Identity.load(key)
+
+    def _pin(self, pins: Pins) -> None:
         if not self.pins.exists():
-            _write(self.pins, text_of(parties.pins))
-        if read_pins(self.pins) != parties.pins:
-            raise DataError(f"{self.pins} does not hold the keys that belong to {key}: one of them was exchanged")
-        return parties
+            _write(self.pins, text_of(pins))
+        if read_pins(self.pins) != pins:
+            raise DataError(f"{self.pins} does not hold the keys of those who take part now: one of them was exchanged")
 
     def writer(self, config: bytes, coordinator: Identity, ledger: Ledger | None) -> Transcript:
         """What the run's rounds are written down with from here on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from tacit.runtimes.asynchronous import AsynchronousFederation
 from tacit.runtimes.executors import Executor
 from tacit.runtimes.federation import Devices, Federation
 from tacit.runtimes.simulation import Evaluation, example_counts, executor_for, privacy_plan, sum_protocol
+from tacit.runtimes.simulation import train as rounds_of
 
 LOSS = functional.cross_entropy
 """All data sets of a config are classified."""
@@ -109,6 +110,22 @@ class Experiment:
                     initial=settings.model.initial,
                 )
 
+    @property
+    def checkpoint_every(self) -> int:
+        """Rounds between snapshots."""
+        return self.config.rounds.checkpoint_every
+
+    def train(self, federation: Federation, history: list[RoundRecord], keep: Callable[[RoundRecord], None]) -> None:
+        """Train to the last round, or as far as training goes.
+
+        Args:
+            federation: from `running`.
+            history: of the rounds before; added to.
+            keep: called with each record before the next round.
+        """
+        for record in rounds_of(federation, self.config.rounds.number, self.evaluation, self.stop, history):
+            keep(record)
+
     def _secure_mean(self, sizes: Tensor, selection: Selection, parties: Parties | None) -> SecureMean | None:
         section = self.config.secure_sum
         if section is None:
@@ -139,9 +156,6 @@ class Experiment:
 
     def report(self, history: Sequence[RoundRecord]) -> TrainingReport:
         """What the HTML report shows."""
-        targets: list[Tensor] = [examples.targets for examples in self.clients]
-        ends = torch.tensor([len(part) for part in targets]).cumsum(0).tolist()
-        parts = [torch.arange(end - len(part), end) for end, part in zip(ends, targets, strict=True)]
         packages = {name: version(name) for name in ("tacit", "torch", "numpy")}
         return TrainingReport(
             dataset=self.data.name,
@@ -149,11 +163,20 @@ class Experiment:
             algorithm=type(self.config.algorithm).__name__,
             secure_sum=self.config.secure_sum is not None,
             history=history,
-            label_counts=label_counts(torch.cat(targets), parts, self.data.classes),
+            label_counts=self._label_counts(),
             seconds=sum(record.seconds for record in history),
             settings={name: str(value) for name, value in flat(self.config).items() if value is not None},
             versions={**packages, "python": platform.python_version(), "machine": platform.machine()},
         )
+
+    def _label_counts(self) -> Tensor | None:
+        """Examples of each class at each client; ``None`` where they are elsewhere."""
+        if not self.clients:
+            return None
+        targets: list[Tensor] = [examples.targets for examples in self.clients]
+        ends = torch.tensor([len(part) for part in targets]).cumsum(0).tolist()
+        parts = [torch.arange(end - len(part), end) for end, part in zip(ends, targets, strict=True)]
+        return label_counts(torch.cat(targets), parts, self.data.classes)
 
 
 def prepare(settings: config.Config, origin: Path) -> Experiment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tacit.errors import DataError
 from tacit.federated.evaluation import best_round
@@ -12,8 +13,12 @@ from tacit.federated.history import RoundRecord
 from tacit.runs import checkpoint, config
 from tacit.runs.experiment import Experiment, prepare
 from tacit.runs.folder import RunFolder
+from tacit.runs.seat import NAME as SEAT
+from tacit.runs.seat import Seat
 from tacit.runs.tensorboard import Logs, NoLogs
-from tacit.runtimes.simulation import train as rounds_of
+
+if TYPE_CHECKING:
+    from tacit.runtimes.flower.board import Board
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,28 @@ class Outcome:
 
 
 OnRound = Callable[[RoundRecord, Experiment], None]
+OnBoard = Callable[["Board"], None]
 
 
-def start(config_path: Path, path: Path, on_round: OnRound | None = None) -> Outcome:
+def unwatched(board: Board) -> None:
+    """Nobody looks."""
+
+
+def start(
+    config_path: Path,
+    path: Path,
+    on_round: OnRound | None = None,
+    seat: Path | None = None,
+    on_board: OnBoard = unwatched,
+) -> Outcome:
     """Begin a run.
 
     Args:
         config_path: a TOML file, see `tacit.runs.config`.
         path: the run's folder, which is made; paths in the config are relative to the config's own folder.
         on_round: called with each record as its round ends.
+        seat: of a run over sites, the coordinator's file, see `tacit.runs.seat`; ``None``: beside the config.
+        on_board: of a run over sites, told of what happens as it happens.
 
     Raises:
         InputError: the config is wrong, or the folder is not empty.
@@ -48,12 +66,12 @@ def start(config_path: Path, path: Path, on_round: OnRound | None = None) -> Out
         BudgetExceeded: the next round would exceed the privacy budget; likewise.
     """
     settings, text = config.read(config_path)
-    experiment = prepare(settings, config_path.resolve().parent)
-    folder = RunFolder.create(path, text, config_path.resolve().parent)
-    return _continue(folder, experiment, on_round)
+    origin = config_path.resolve().parent
+    experiment = _prepared(settings, origin, seat or origin / SEAT, on_board)
+    return _continue(RunFolder.create(path, text, origin), experiment, on_round)
 
 
-def resume(path: Path, on_round: OnRound | None = None) -> Outcome:
+def resume(path: Path, on_round: OnRound | None = None, on_board: OnBoard = unwatched) -> Outcome:
     """Go on with a run from its last snapshot, whatever interrupted it: bit by bit as if nothing had.
 
     Raises:
@@ -63,7 +81,15 @@ def resume(path: Path, on_round: OnRound | None = None) -> Outcome:
     """
     folder = RunFolder.open(path)
     settings, _ = config.read(folder.config)
-    return _continue(folder, prepare(settings, folder.origin), on_round)
+    return _continue(folder, _prepared(settings, folder.origin, path / SEAT, on_board), on_round)
+
+
+def _prepared(settings: config.Config, origin: Path, seat: Path, on_board: OnBoard) -> Experiment:
+    if settings.runtime == "simulation":
+        return prepare(settings, origin)
+    from tacit.runs import over_sites  # noqa: PLC0415 -- takes Flower, which may not be installed
+
+    return over_sites.prepare(settings, origin, Seat.read(seat), on_board)
 
 
 def _continue(folder: RunFolder, experiment: Experiment, on_round: OnRound | None) -> Outcome:
@@ -76,18 +102,18 @@ def _continue(folder: RunFolder, experiment: Experiment, on_round: OnRound | Non
             raise DataError(
                 f"{folder.path} has a snapshot of round {federation.round} but a history of {len(history)} rounds"
             )
-        every = experiment.config.rounds.checkpoint_every
-        for record in rounds_of(
-            federation, experiment.config.rounds.number, experiment.evaluation, experiment.stop, history
-        ):
+
+        def keep(record: RoundRecord) -> None:
             folder.append(record)
             logs.add(record)
             if best_round(history) is record:
                 folder.save_model(federation, "best")
-            if record.round % every == 0:
+            if record.round % experiment.checkpoint_every == 0:
                 checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
             if on_round is not None:
                 on_round(record, experiment)
+
+        experiment.train(federation, history, keep)
         checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
         folder.save_model(federation, "model")
     return Outcome(experiment, tuple(history), experiment.stop.reason(history))

@@ -144,11 +144,15 @@ class Federation:
         self._snapshot.state.load_into(model)
         return model
 
-    def evaluate(self, examples: Examples) -> tuple[float, float]:
-        """Mean loss and accuracy of the global model."""
-        return evaluate(self.model(), examples, loss=self._loss)
+    def evaluate(self, examples: Examples | None) -> tuple[float | None, float | None]:
+        """Mean loss and accuracy of the global model.
 
-    def evaluate_clients(self, tests: Sequence[Examples]) -> ClientAccuracies:
+        Args:
+            examples: to try it on; ``None`` for those that clients elsewhere keep back, of which there are none here.
+        """
+        return (None, None) if examples is None else evaluate(self.model(), examples, loss=self._loss)
+
+    def evaluate_clients(self, tests: Sequence[Examples]) -> ClientAccuracies | None:
         """The accuracy at every client, each with the model that it would use, on its own held-out examples."""
         snapshot = self._snapshot
         return evaluate_clients(self._model, self._algorithm, snapshot.state, snapshot.memories, tests)
@@ -182,7 +186,7 @@ class Federation:
         except (TooFewUpdates, PeerError) as error:
             note = str(error)
         unused = {} if mean else dict.fromkeys(cohort.clients, "not used: the round failed")
-        lost = dict(sorted({**plan.lost, **cohort.lost, **unused}.items()))
+        lost = dict(sorted({**cohort.lost, **plan.lost, **unused}.items()))
         if mean is None:
             note = note or ("no client was drawn" if not (plan.finished or plan.lost) else "no update could be used")
             self._fail(number, plan, lost, note)
@@ -312,9 +316,9 @@ class _Cohort:
         return None
 
     def keep(self, summed: Summed) -> None:
-        """Only those count whose updates are in the sum."""
-        self.lost |= {client: reason for client, reason in summed.lost.items() if client in self.clients}
-        self.clients = [client for client in self.clients if client in summed.survivors]
+        """Only those count whose updates are in the sum; what is known of the others, it says of who was seen here."""
+        self.lost = {**summed.lost, **self.lost}
+        self.clients = list(summed.survivors)
         self.memories = {client: memory for client, memory in self.memories.items() if client in summed.survivors}
 
     def _next(self) -> Outcome | None:

@@ -88,10 +88,11 @@ class Evaluation:
     """When the model is tried on examples that it was not trained on.
 
     Args:
-        test: held-out examples for the global model; ``None`` is never to evaluate it.
+        test: held-out examples for the global model; ``None`` is never to evaluate it, but see ``at_clients``.
         every: evaluate after every so many rounds, and after the last.
         clients: held-out examples of each client, for the accuracy at the clients; ``None`` is never to take it.
         clients_every: take it after every so many rounds, and after the last.
+        at_clients: whether the global model is tried on what the clients keep back, who are elsewhere.
 
     Raises:
         InputError: a setting is out of range.
@@ -101,6 +102,7 @@ class Evaluation:
     every: int = 1
     clients: Sequence[Examples] | None = None
     clients_every: int = 1
+    at_clients: bool = False
 
     def __post_init__(self) -> None:
         if self.test is not None and len(self.test) == 0:
@@ -234,13 +236,18 @@ def sum_protocol(
 
     They insist on ``minimum`` vectors in a sum, or on `LEAST_PART` of the expected cohort.
     """
-    least = minimum or max(3, math.ceil(LEAST_PART * selection.expected(sizes)))
+    least = minimum or least_in_sum(sizes, selection)
     parties = parties or Parties.simulated(Identity.fresh(), len(sizes))
     if name == "masked":
         return MaskedSum(parties.clients, Policy(least))
     if name == "shared":
         return SharedSum(parties.clients, parties.alice, parties.bob, least)
     raise InputError(f"secure_sum={name!r}: choose one of {', '.join(get_args(SumProtocol))}, a SecureMean, or None")
+
+
+def least_in_sum(sizes: torch.Tensor, selection: Selection) -> int:
+    """The fewest vectors that clients let into a sum, where nothing else is asked: `LEAST_PART` of those expected."""
+    return max(3, math.ceil(LEAST_PART * selection.expected(sizes)))
 
 
 def executor_for(
@@ -307,7 +314,8 @@ def train(
         started = time.perf_counter()
         record = federation.advance()
         last = record.round == rounds
-        if evaluation.test is not None and (record.round % evaluation.every == 0 or last):
+        tried = evaluation.test is not None or evaluation.at_clients
+        if tried and (record.round % evaluation.every == 0 or last):
             loss, accuracy = federation.evaluate(evaluation.test)
             record = replace(record, loss=loss, accuracy=accuracy)
         if evaluation.clients is not None and (record.round % evaluation.clients_every == 0 or last):

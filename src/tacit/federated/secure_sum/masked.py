@@ -188,25 +188,39 @@ class MaskedSum:
         )
 
     def invitation(self, ring: Ring, length: int, cohort: Sequence[int], application: bytes = ABOUT_NOTHING) -> Invite:
-        """The settings of a new round.
+        """The settings of a new round, see the function `invitation`."""
+        identities = [self.identities[client].public for client in cohort]
+        return invitation(identities, self.policy, ring, length, application)
 
-        Raises:
-            TooFewUpdates: the cohort is too small for the policy.
-            InputError: it is too small for any.
-        """
-        if len(cohort) < self.policy.minimum:
-            raise TooFewUpdates(
-                f"a cohort of {len(cohort)} clients: their policy asks for {self.policy.minimum} vectors in a sum"
-            )
-        sharing = choose(len(cohort), self.policy.assumption)
-        return Invite(
-            round=Prg.fresh().bytes(ROUND_BYTES),
-            identities=tuple(self.identities[client].public for client in cohort),
-            length=length,
-            bits=ring.bits,
-            holders=sharing.holders,
-            partners=sharing.partners,
-            threshold=sharing.threshold,
-            minimum=max(self.policy.minimum, sharing.threshold + 1),
-            application=application,
-        )
+
+def invitation(
+    identities: Sequence[bytes], policy: Policy, ring: Ring, length: int, application: bytes, minimum: int = 0
+) -> Invite:
+    """The settings of a new round.
+
+    Args:
+        identities: of the cohort.
+        policy: what its clients insist on.
+        ring, length: of the vectors.
+        application: what the sum is for.
+        minimum: the fewest vectors in a sum, if it is more than the clients insist on.
+
+    Raises:
+        TooFewUpdates: the cohort is too small for the policy.
+        InputError: it is too small for any.
+    """
+    least = max(policy.minimum, minimum)
+    if len(identities) < least:
+        raise TooFewUpdates(f"a cohort of {len(identities)} clients: their policy asks for {least} vectors in a sum")
+    sharing = choose(len(identities), policy.assumption)
+    return Invite(
+        round=Prg.fresh().bytes(ROUND_BYTES),
+        identities=tuple(identities),
+        length=length,
+        bits=ring.bits,
+        holders=sharing.holders,
+        partners=sharing.partners,
+        threshold=sharing.threshold,
+        minimum=max(least, sharing.threshold + 1),
+        application=application,
+    )

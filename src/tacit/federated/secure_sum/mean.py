@@ -149,9 +149,8 @@ class SecureMean:
             InputError: the cohort is too small; nothing has been sent.
             PeerError: too many clients were lost; nothing is revealed.
         """
-        contents, guard = self._contents(algorithm, state, sizes, len(cohort)), _guard(algorithm)
-        if isinstance(guard, DistributedPrivacy):
-            rounding_of = partial(guard.randomness, state.round + 1)
+        contents, guard = self.contents(algorithm, state, sizes, len(cohort)), _guard(algorithm)
+        noise_of = self.noise_of(algorithm, state)
         unfit: dict[int, str] = {}
 
         def vector_of(client: int) -> Words | None:
@@ -159,7 +158,7 @@ class SecureMean:
             if update is None:
                 return None
             try:
-                return contents.encode(update, rounding_of(client))
+                return contents.encode(update, (noise_of or rounding_of)(client))
             except RangeError as error:
                 unfit[client] = f"has nothing that can be summed: {error}"
                 return None
@@ -171,8 +170,13 @@ class SecureMean:
         summed = replace(summed, lost={**summed.lost, **unfit})
         return replace(mean, nbytes=sum(summed.traffic.up.values())), summed
 
-    def _contents(self, algorithm: Algorithm, state: ServerState, sizes: Tensor, clients: int) -> Contents:
-        """What the vectors of a round hold."""
+    def noise_of(self, algorithm: Algorithm, state: ServerState) -> Callable[[int], Prg] | None:
+        """Where the rounding and the noise of each client's vector come from; ``None`` if there is no noise in it."""
+        guard = _guard(algorithm)
+        return partial(guard.randomness, state.round + 1) if isinstance(guard, DistributedPrivacy) else None
+
+    def contents(self, algorithm: Algorithm, state: ServerState, sizes: Tensor, clients: int) -> Contents:
+        """What the vectors of a round of so many clients hold; the other arguments are as for `combine`."""
         guard, norm, kept = _guard(algorithm), _norm_of(algorithm, state), 1.0
         if isinstance(guard, DistributedPrivacy):
             shares = guard.shares_among(clients)

@@ -130,6 +130,11 @@ class MaskedServer:
         return tuple(sorted(self._survivors))
 
     @property
+    def threshold(self) -> int:
+        """How many answers the last two stages need at least; some client's holders may need others than the first."""
+        return self._invite.threshold
+
+    @property
     def outcome(self) -> Outcome:
         """The sum.
 
