@@ -171,6 +171,8 @@ def test_two_servers_noise_does_not_depend_on_who_finished() -> None:
     poisoned = [*CLIENTS[:5], Examples(torch.full((10, 6), math.nan), CLIENTS[4].targets)]
     history = run(clients=poisoned, cohort=6, secure_sum=SumSettings("shared", 4, bits=BITS), ledger=ledger).history
     assert all(record.cohort == (0, 1, 2, 3, 4) for record in history)
+    assert {record.secure_sum.noised_by for record in history} == {"servers"}
+    assert {record.secure_sum.noised_by for record in run().history} == {"clients"}
     std = shares(colluding=0).bounded.norm
     (event,) = ledger.events("distributed")
     assert (event.variance, event.times) == (pytest.approx(std**2), 3)

@@ -18,7 +18,7 @@ import torch
 from tacit.errors import InputError
 from tacit.federated.history import RoundRecord
 from tacit.federated.secure_sum.interface import Safeguards
-from tacit.report import plots, rounds, units
+from tacit.report import plots, rounds, sections, units
 from tacit.report.html import DemoReport, LayerCost, Sample, render, write
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -302,6 +302,20 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_units_are_humane(text: str, expected: str) -> None:
     assert text.replace(units.SPACE, " ") == expected
+
+
+def test_the_report_says_how_updates_were_summed_unseen() -> None:
+    def said(**safeguards: object) -> str:
+        one = dataclasses.replace(record(1), secure_sum=Safeguards(**({"protocol": "masked"} | safeguards)))
+        return sections.training([one], torch.ones(2, 2, dtype=torch.int64), 1.0, secure_sum=True)
+
+    given = {"invited": 5, "minimum": 4, "holders": 4, "threshold": 3}
+    assert "under masks" in said(**given)
+    assert "Noise that hides" not in said(**given)
+    assert "Noise that hides" in said(**given, noised_by="clients")
+    shared = said(**given | {"protocol": "shared"}, verified=True)
+    assert "two shares" in shared
+    assert "no part was longer" in shared
 
 
 class TestRoundByRound:

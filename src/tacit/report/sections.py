@@ -114,12 +114,18 @@ def _clients(history: Sequence[RoundRecord], label_counts: Tensor | None) -> int
 
 def _secretly(history: Sequence[RoundRecord]) -> str:
     """How updates were summed without anybody seeing one."""
-    sums = {record.secure_sum.protocol for record in history if record.secure_sum}
-    if sums == {"shared"}:
-        return """ Each split its changes into two shares, one for each of two servers: they have seen the sum of all,
+    sums = [record.secure_sum for record in history if record.secure_sum]
+    if {one.protocol for one in sums} == {"shared"}:
+        said = """ Each split its changes into two shares, one for each of two servers: they have seen the sum of all,
 and nobody's own part of it."""
-    return """ Each sent its changes under masks that cancel only in the sum of all: the server has seen
+    else:
+        said = """ Each sent its changes under masks that cancel only in the sum of all: the server has seen
 that sum, and nobody's own part of it."""
+    if any(one.verified for one in sums):
+        said += """ The two verified on their shares that no part was longer than agreed."""
+    if any(one.noised_by for one in sums):
+        said += """ Noise that hides whether any one client was there was in the sum before anybody saw it."""
+    return said
 
 
 def circumstances(history: Sequence[RoundRecord]) -> str:

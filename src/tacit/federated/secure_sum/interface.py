@@ -37,6 +37,7 @@ class Safeguards:
         holders: clients that hold shares of a client's secrets, or servers that hold shares of its vector.
         threshold: how many of those it takes to have it back.
         verified: whether norms of vectors were verified before they were added.
+        noised_by: who added noise that was in the sum before anybody saw it; empty if nobody did.
     """
 
     protocol: Literal["masked", "shared", "plain"]
@@ -45,6 +46,7 @@ class Safeguards:
     holders: int
     threshold: int
     verified: bool = False
+    noised_by: Literal["", "clients", "servers"] = ""
 
 
 @dataclass(frozen=True)

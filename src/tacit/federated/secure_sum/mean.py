@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
@@ -167,7 +168,9 @@ class SecureMean:
         protocol, application = self._protocol(contents, guard, state.round + 1), application_of(contents.description)
         summed = protocol.sum(encoding.ring, encoding.length, cohort, vector_of, application, opening)
         mean = contents.decode(summed.total, len(summed.survivors))
-        summed = replace(summed, lost={**summed.lost, **unfit})
+        noised: AddedBy | Literal[""] = self.noised_by if isinstance(guard, DistributedPrivacy) else ""
+        safeguards = replace(summed.safeguards, noised_by=noised)
+        summed = replace(summed, lost={**summed.lost, **unfit}, safeguards=safeguards)
         return replace(mean, nbytes=sum(summed.traffic.up.values())), summed
 
     def noise_of(self, algorithm: Algorithm, state: ServerState) -> Callable[[int], Prg] | None:
