@@ -15,6 +15,7 @@ from tacit.errors import TacitError
 from tacit.federated.distributed_dp import DistributedDP
 from tacit.federated.fedavg import FedAvg
 from tacit.federated.privacy import CentralDP, RecordDP
+from tacit.party.connection import connect
 from tacit.runtimes.simulation import FederatedRun, SumSettings, federate
 from tacit.tensor import PrivateTensor, share_module, tensor
 
@@ -32,6 +33,7 @@ __all__ = [
     "SumSettings",
     "TacitError",
     "cluster",
+    "connect",
     "federate",
     "share_module",
     "tensor",

@@ -302,7 +302,7 @@ def test_a_client_is_held_to_its_rate_and_sizes() -> None:
     [(_, refusal)] = one.submit(60.0, ask(41, "b", 65))
     assert "1 to 64 inputs" in refusal.text
     [(_, refusal)] = one.submit(60.0, ask(42, model="unknown"))
-    assert "not loaded" in refusal.text
+    assert "not served" in refusal.text
     # A clock that goes back gives nothing and takes nothing.
     assert one.submit(1.0, ask(50))
     assert one.submit(3.9, ask(51))

@@ -93,14 +93,15 @@ class Scheduler:
         """How many requests wait."""
         return len(self._waiting)
 
-    def add_model(self, name: str, sizes: Collection[int]) -> None:
+    def add_model(self, name: str, sizes: Collection[int], called: str = "") -> None:
         """Serve a model from now on.
 
         Args:
             name: its name, which is not served yet.
             sizes: the planned batch sizes.
+            called: what refusals call it, if not by its name.
         """
-        self._models[name] = _Model(name, sorted(sizes))
+        self._models[name] = _Model(called or name, sorted(sizes))
 
     def drop_model(self, now: float, name: str, refusal: Refusal) -> Refused:
         """Serve a model no longer; what waits for it is refused."""
@@ -269,7 +270,7 @@ class Scheduler:
         """Why a request cannot be taken at all."""
         model = self._models.get(request.model)
         if model is None:
-            return Refusal(Reason.INVALID, f"model {request.model!r} is not loaded: ask its owner to load it")
+            return Refusal(Reason.GONE, f"model {request.model!r} is not served: ask its owner to load it")
         limits = self._limits.get(request.client, Limits())
         most = min(model.sizes[-1], limits.largest_batch or model.sizes[-1])
         if not 1 <= request.rows <= most:

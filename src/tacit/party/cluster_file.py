@@ -142,6 +142,7 @@ class Serving(_Section, frozen=True):
         latency_ms: how long a request may wait for company.
         queue: how many requests may wait; beyond that, clients are told when to come back.
         workers: worker processes at each party, one for each of the other's.
+        memory_gb: what the tickets that a worker has ready ahead may take, in 10^9 bytes.
         when_empty: whether a request waits for correlated randomness or fails when there is none.
     """
 
@@ -149,13 +150,14 @@ class Serving(_Section, frozen=True):
     latency_ms: float = 4.0
     queue: int = 1024
     workers: int = 1
+    memory_gb: float = 0.5
     when_empty: Literal["wait", "fail"] = "wait"
 
     def __post_init__(self) -> None:
         _positive(
             queue=self.queue, workers=self.workers, **{"the smallest of batch_sizes": min(self.batch_sizes, default=0)}
         )
-        _finite(latency_ms=self.latency_ms)
+        _finite(latency_ms=self.latency_ms, memory_gb=self.memory_gb)
         if list(self.batch_sizes) != sorted(set(self.batch_sizes)):
             raise InputError(f"batch_sizes are {list(self.batch_sizes)}: they must ascend, each of them once")
 

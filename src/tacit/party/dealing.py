@@ -153,6 +153,8 @@ class Dealer:
         self._guard, self._with_alice = threading.Lock(), threading.Lock()
         self._alice: Link | None = None
         self._stopping = threading.Event()
+        self.dealing = False
+        """Whether tickets are on their way."""
 
     def push(self, part: ModelPart) -> None:
         """Keep a model that its owner pushed; see `Vault.save`."""
@@ -206,12 +208,15 @@ class Dealer:
                 message = decode(link.receive(Kind.CALL).body)
                 if not isinstance(message, Want):
                     raise CodecError("bob sent another message than what he wants")
+                self.dealing = True
                 link.send(Kind.REPLY, body=encode(self._deal(link, message)))
+                self.dealing = False
         except CodecError:
             raise
         except PeerError:
             return
         finally:
+            self.dealing = False
             link.close()
 
     def stop(self) -> None:

@@ -14,6 +14,7 @@ import heapq
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class Request:
     """A request as the scheduler sees it.
 
     Args:
-        id: unique.
+        id: unique and hashable.
         client: whose.
         model: for which model.
         rows: how many inputs it has, at least 1.
         deadline: when it is of no more use; ``None`` for never.
     """
 
-    id: Hashable
+    id: Any
     client: str
     model: str
     rows: int

@@ -6,7 +6,7 @@ from enum import Enum
 
 import msgspec
 
-from tacit.errors import Busy, DeadlineExceeded, NotPermitted, PeerError, PoolEmpty, Refused, TacitError
+from tacit.errors import Busy, DeadlineExceeded, InputError, NotPermitted, PeerError, PoolEmpty, Refused, TacitError
 
 
 class Reason(Enum):
@@ -19,6 +19,7 @@ class Reason(Enum):
     CANCELLED = "cancelled"
     FORBIDDEN = "forbidden"
     INVALID = "invalid"
+    GONE = "gone"
     MISSING = "missing"
     FAILED = "failed"
 
@@ -49,5 +50,7 @@ class Refusal(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
                 return NotPermitted(self.text)
             case Reason.FAILED:
                 return PeerError(self.text)
-            case Reason.CANCELLED | Reason.INVALID | Reason.MISSING:
+            case Reason.INVALID:
+                return InputError(self.text)
+            case Reason.CANCELLED | Reason.GONE | Reason.MISSING:
                 return Refused(self.text)

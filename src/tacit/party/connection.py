@@ -1,0 +1,136 @@
+"""A client of the service for threads: `tacit.connect`."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from tacit.errors import InputError
+from tacit.identity import Identity
+from tacit.party import cluster_file
+from tacit.party.client import TIMEOUT_S, Client, Description, Results
+from tacit.party.cluster_file import ClusterFile
+
+T = TypeVar("T")
+
+
+class Connection:
+    """A connection to alice and bob; any thread may use it, and several at once. A context manager.
+
+    Made by `connect`. A thread of its own does the talking.
+
+    Args:
+        cluster: where the parties are.
+        identity: the client's.
+    """
+
+    def __init__(self, cluster: ClusterFile, identity: Identity) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tacit client", daemon=True)
+        self._thread.start()
+        try:
+            self._client = self.run(_made(cluster, identity))
+        except BaseException:
+            self._stop()
+            raise
+
+    def model(self, name: str) -> RemoteModel:
+        """A model that the parties serve; calling it predicts.
+
+        Raises:
+            NotPermitted, Refused, PeerError: see `Client.describe`.
+        """
+        return RemoteModel(self, name, self.run(self._client.describe(name)))
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Have the connection's thread do something; a future of what comes of it, which can be cancelled."""
+        if self._loop.is_closed():
+            work.close()
+            raise InputError("the connection is closed: connect again")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Have the connection's thread do something, and wait for it; an interruption cancels it."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    @property
+    def client(self) -> Client:
+        """The client that lives in the connection's thread."""
+        return self._client
+
+    def close(self) -> None:
+        """Close the connection; what is being asked fails."""
+        if not self._loop.is_closed():
+            self.run(self._client.close())
+            self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Connection({self._client.name})"
+
+
+class RemoteModel:
+    """A model that alice and bob serve. Made by `Connection.model`.
+
+    Args:
+        connection: to them.
+        name: of the model.
+        description: what it takes.
+    """
+
+    def __init__(self, connection: Connection, name: str, description: Description) -> None:
+        self._connection, self.name, self.description = connection, name, description
+
+    def __call__(self, *inputs: Tensor, timeout: float = TIMEOUT_S) -> Tensor | Results:
+        """Predict in secret; see `Client.ask`."""
+        return self._connection.run(self._connection.client.ask(self.name, *inputs, timeout=timeout))
+
+    def submit(self, *inputs: Tensor, timeout: float = TIMEOUT_S) -> concurrent.futures.Future[Tensor | Results]:
+        """Ask without waiting; cancelling the future cancels the request."""
+        return self._connection.submit(self._connection.client.ask(self.name, *inputs, timeout=timeout))
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(one.item_shape) for one in self.description.inputs)
+        return f"RemoteModel({self.name}, input {shapes})"
+
+
+def connect(cluster: str | Path | ClusterFile, key: str | Path | Identity) -> Connection:
+    """Connect to the parties that a cluster file names, as one of its clients.
+
+    >>> with tacit.connect("cluster.toml", key="clinic.key") as parties:
+    ...     logits = parties.model("mnist")(images)
+
+    Args:
+        cluster: the cluster file.
+        key: the client's key file.
+
+    Raises:
+        InputError: a file cannot be read, or the cluster file does not know the key.
+    """
+    known = cluster if isinstance(cluster, ClusterFile) else cluster_file.read(Path(cluster))
+    return Connection(known, key if isinstance(key, Identity) else Identity.load(Path(key)))
+
+
+async def _made(cluster: ClusterFile, identity: Identity) -> Client:
+    return Client(cluster, identity)

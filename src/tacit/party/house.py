@@ -1,0 +1,81 @@
+"""What a party's front process has from its start on: who it is, everybody's file, and what lies on its disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tacit import atomic
+from tacit.errors import CorrelationError
+from tacit.identity import Identity
+from tacit.party import dialing
+from tacit.party.cluster_file import PROVIDER, ClusterFile
+from tacit.party.logs import Log
+from tacit.party.metrics import Metrics
+from tacit.party.pool import PoolStore
+from tacit.party.session import Caller
+from tacit.party.session_messages import Purpose
+from tacit.party.tickets import Ticket
+from tacit.party.transport import Link
+from tacit.party.vault import Vault
+from tacit.party.vouchers import Voucher
+
+
+@dataclass(repr=False)
+class House:
+    """See the module.
+
+    Args:
+        name: ``alice`` or ``bob``.
+        cluster: everybody's file.
+        identity: this party's.
+        folder: where its disk is.
+        log: where events are written.
+
+    Raises:
+        DataError: another process uses the folder, or what lies there is damaged or sealed under another key.
+    """
+
+    name: str
+    cluster: ClusterFile
+    identity: Identity
+    folder: Path
+    log: Log
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        atomic.make_private(self.folder)
+        self.vault = Vault(self.folder / "models", self.identity.storage_key("vault"), self.name)
+        limit = int(self.cluster.pools.disk_gb * 1e9)
+        self.pool = PoolStore(self.folder / "pool", self.identity.storage_key("pool"), limit)
+        self.metrics.burned.inc(self.pool.lost)
+
+    def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
+        """Take tickets that alice named, at bob; those that he has."""
+        try:
+            self.pool.claim(tickets)
+            return list(tickets)
+        except CorrelationError:
+            return [one for ticket in tickets for one in self.claim([ticket])] if len(tickets) > 1 else []
+
+    def vouchers(self, tickets: Iterable[Ticket]) -> list[Voucher]:
+        """The vouchers of tickets that were taken, but for those that have been thrown away since."""
+        found = []
+        for ticket in tickets:
+            with contextlib.suppress(CorrelationError):
+                found.append(self.pool.voucher(ticket))
+        return found
+
+    def dial_provider(self) -> Link:
+        """A link to the provider, over which tickets come.
+
+        Raises:
+            PeerError: it is not there, or refuses.
+        """
+        member = self.cluster.parties.provider
+        link = dialing.dial(member.reached_at, self.identity, PROVIDER, member.public, patience=None)
+        caller = Caller(self.name, self.identity.public, Purpose.POOL, (PROVIDER,))
+        dialing.open_session({PROVIDER: link}, caller)
+        return link

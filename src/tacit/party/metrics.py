@@ -1,0 +1,73 @@
+"""What a party counts and measures, for Prometheus: names, counts and times, nothing that was computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from tacit.party.worker_calls import Ran
+
+_SECONDS = (0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """The metrics of one process."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.ready = Gauge("tacit_ready", "1 if requests can be served", registry=registry)
+        self.sessions = Gauge("tacit_sessions", "Open sessions", ["purpose"], registry=registry)
+        self.turned_away = Counter(
+            "tacit_connections_turned_away_total", "Callers without a key, or who broke the protocol", registry=registry
+        )
+        self.requests = Counter(
+            "tacit_requests_total", "Requests by how they ended", ["model", "outcome"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "tacit_request_seconds", "From a request's arrival to its answer", ["model"], buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.batches = Counter("tacit_batches_total", "Batches", ["model", "size", "outcome"], registry=registry)
+        self.rows = Counter(
+            "tacit_rows_total", "Rows that were asked for, in batches that ran", ["model"], registry=registry
+        )
+        self.batch_seconds = Histogram(
+            "tacit_batch_seconds", "A worker's time for a batch", ["model", "size"], buckets=_SECONDS, registry=registry
+        )
+        self.waited_seconds = Counter(
+            "tacit_batch_waited_seconds_total", "Of that, waiting for the other party's worker", registry=registry
+        )
+        self.rounds = Counter("tacit_rounds_total", "Messages sent to the other party's workers", registry=registry)
+        self.bytes_online = Counter("tacit_bytes_online_total", "Bytes of these", registry=registry)
+        self.queue = Gauge("tacit_queue_requests", "Requests that wait", registry=registry)
+        self.workers = Gauge("tacit_workers_up", "Workers that run", registry=registry)
+        self.worker_starts = Counter("tacit_worker_starts_total", "Starts of workers", registry=registry)
+        self.pool_tickets = Gauge("tacit_pool_tickets", "Tickets on disk", ["model", "batch"], registry=registry)
+        self.pool_bytes = Gauge("tacit_pool_bytes", "What the pool takes of the disk", registry=registry)
+        self.burned = Counter("tacit_tickets_burned_total", "Tickets that were taken and not used", registry=registry)
+        self.refill = Gauge(
+            "tacit_refill_tickets_per_minute", "Tickets that come in a minute", ["model", "batch"], registry=registry
+        )
+
+    def ran(self, model: str, size: int, rows: int, ran: Ran) -> None:
+        """Count a batch that a worker has run."""
+        self.batches.labels(model, size, "done").inc()
+        self.rows.labels(model).inc(rows)
+        self.batch_seconds.labels(model, size).observe(ran.seconds)
+        self.waited_seconds.inc(ran.waited_s)
+        self.rounds.inc(ran.rounds)
+        self.bytes_online.inc(ran.bytes_online)
+
+    def set_pool(self, levels: Mapping[tuple[str, int], int], nbytes: int) -> None:
+        """Show what the pool holds, by the model's name and the batch size."""
+        self.pool_tickets.clear()
+        for (model, batch), count in levels.items():
+            self.pool_tickets.labels(model, batch).set(count)
+        self.pool_bytes.set(nbytes)
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self._registry)

@@ -1,0 +1,241 @@
+"""Alice's keeping of her pairs of workers: linked with bob's, and stocked with tickets that both have made ready."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from tacit.party import messages, worker_calls
+from tacit.party.crew import Crew
+from tacit.party.house import House
+from tacit.party.messages import FromAlice
+from tacit.party.pairs import Pair, Side
+from tacit.party.refill import Line
+from tacit.party.stocking import Usage, next_lease
+from tacit.party.tasks import Tasks
+from tacit.party.tickets import Ticket
+from tacit.party.workers import WorkerProcess
+
+LINKING_S = 20.0
+"""How long two workers may take to link."""
+
+
+class Pairing:
+    """See the module.
+
+    Args:
+        house: alice's.
+        crew: her workers.
+        tasks: where work beside goes.
+        say: tells bob something; `connected` says whether he hears.
+        ready: called when a pair can do more than before.
+    """
+
+    def __init__(
+        self,
+        house: House,
+        crew: Crew,
+        tasks: Tasks,
+        say: Callable[[FromAlice], None],
+        ready: Callable[[], None],
+    ) -> None:
+        self._house, self._crew, self._tasks = house, crew, tasks
+        self._say, self._ready = say, ready
+        self._memory = int(house.cluster.serving.memory_gb * 1e9)
+        self._usage, self._stocking = Usage(), set[int]()
+        self._linking: dict[int, float] = {}
+        self.pairs = [Pair(worker) for worker in crew.workers]
+        self.levels: dict[Line, int] = {}
+        self.connected = False
+
+    def connect(self) -> None:
+        """Bob is there; nothing is known of his workers yet."""
+        self.connected = True
+
+    def disconnect(self) -> None:
+        """Bob is gone. A batch that runs may still end well: the workers' own link may be there yet."""
+        self.connected = False
+        for pair in self.pairs:
+            pair.bobs = Side()
+            self.part(pair, "bob is gone")
+
+    def take(self, pair: Pair, model: str, size: int) -> Ticket:
+        """A ticket that both workers of a pair have ready."""
+        self._usage.used((model, size), asyncio.get_running_loop().time())
+        ticket = pair.take(model, size)
+        self.stock(pair)
+        return ticket
+
+    def forget(self, model: str) -> None:
+        """A model is not served any more."""
+        for pair in self.pairs:
+            pair.mine.models.discard(model)
+            pair.bobs.models.discard(model)
+            self._burn(pair.forget(model))
+
+    def held(self) -> Counter[Line]:
+        """How many tickets the pairs have, by line."""
+        return sum((pair.held for pair in self.pairs), Counter())
+
+    def refresh(self, levels: Mapping[Line, int]) -> None:
+        """Go on with what has come to a stop.
+
+        Args:
+            levels: how many tickets there are on the disk.
+        """
+        self.levels = dict(levels)
+        now = asyncio.get_running_loop().time()
+        for pair in self.pairs:
+            if pair.token and not pair.linked and now - self._linking[pair.number] > LINKING_S:
+                self.part(pair, "the two workers did not find each other")
+            self._link(pair)
+            self.stock(pair)
+
+    def part(self, pair: Pair, why: str) -> None:
+        """A pair is not linked any more."""
+        if pair.token:
+            self._house.log("pair_broken", worker=pair.number, reason=why)
+        self._burn(pair.part())
+
+    # What alice's workers do.
+
+    def worker_started(self, worker: WorkerProcess) -> None:
+        """Her worker is there."""
+        pair = self.pairs[worker.number]
+        pair.mine = Side(up=True)
+        self._link(pair)
+
+    def worker_ended(self, worker: WorkerProcess) -> None:
+        """Her worker is gone, and the link with it."""
+        pair = self.pairs[worker.number]
+        pair.mine = Side()
+        self.part(pair, "alice's worker has ended")
+
+    def worker_heard(self, worker: WorkerProcess, answer: worker_calls.Answer) -> None:
+        """Her worker says something."""
+        pair = self.pairs[worker.number]
+        match answer:
+            case worker_calls.Installed(model):
+                pair.mine.models.add(model)
+                self.stock(pair)
+            case worker_calls.Paired(token) if token == pair.token:
+                pair.mine.linked = True
+                self._linked(pair)
+            case worker_calls.Unpaired(token, why) if token == pair.token:
+                self.part(pair, why)
+            case worker_calls.Stocked(ticket):
+                self._expanded(pair, ticket)
+            case worker_calls.Spoiled(ticket, why):
+                self._house.log("ticket_spoiled", worker=worker.number, reason=why)
+                self._spoiled(pair, ticket)
+
+    # What bob says of his.
+
+    def bob_said(self, message: messages.FromBob) -> None:
+        """Something about a worker of bob's; of another pair, or one that has been parted since, it is passed over."""
+        pair = self._of(message)
+        if pair is None:
+            return
+        match message:
+            case messages.Up():
+                pair.bobs = Side(up=True)
+                self.part(pair, "bob's worker has started anew")
+                self._link(pair)
+            case messages.Down():
+                pair.bobs = Side()
+                self.part(pair, "bob's worker has ended")
+            case messages.Installed(_, model):
+                pair.bobs.models.add(model)
+                self.stock(pair)
+            case messages.Paired(_, token) if token == pair.token:
+                pair.bobs.linked = True
+                self._linked(pair)
+            case messages.Unpaired(_, token) if token == pair.token:
+                self.part(pair, "bob's worker has lost the link")
+            case messages.Claimed(_, token, asked, tickets) if token == pair.token:
+                self._tasks.start(self._claimed(pair, token, asked, tickets))
+            case messages.Stocked(_, token, ticket, good) if token == pair.token:
+                if good:
+                    self._expanded(pair, ticket)
+                else:
+                    self._spoiled(pair, ticket)
+
+    def stock(self, pair: Pair) -> None:
+        """Have the tickets made ready that a pair should have and has not."""
+        if pair.linked and self.connected and pair.number not in self._stocking:
+            self._stocking.add(pair.number)
+            self._tasks.start(self._stock(pair))
+
+    def _of(self, message: messages.FromBob) -> Pair | None:
+        number = getattr(message, "worker", -1)
+        return self.pairs[number] if 0 <= number < len(self.pairs) else None
+
+    def _link(self, pair: Pair) -> None:
+        if self.connected and pair.mine.up and pair.bobs.up and not pair.token:
+            pair.token = secrets.token_bytes(worker_calls.TOKEN_BYTES)
+            self._linking[pair.number] = asyncio.get_running_loop().time()
+            pair.worker.call(worker_calls.Pair(pair.token))
+            self._say(messages.Pair(pair.number, pair.token))
+
+    def _linked(self, pair: Pair) -> None:
+        if pair.linked:
+            self._house.log("pair_linked", worker=pair.number)
+            self.stock(pair)
+            self._ready()
+
+    async def _stock(self, pair: Pair) -> None:
+        try:
+            while pair.linked and self.connected:
+                now, token = asyncio.get_running_loop().time(), pair.token
+                sizes = {
+                    (model, size): plan.bytes_stocked
+                    for model in sorted(pair.models & self._crew.served.keys())
+                    for size, plan in self._crew.served[model].plans.items()
+                }
+                used = {line: self._usage.of(line, now) for line in sizes}
+                lease = next_lease(sizes, pair.held, self.levels, used, self._memory)
+                if lease is None:
+                    return
+                line, count = lease
+                tickets = await asyncio.to_thread(self._house.pool.lease, *line, count)
+                self.levels[line] = self.levels.get(line, 0) - len(tickets) if tickets else 0
+                if pair.token != token or not self.connected or line[0] not in self._crew.served:
+                    self._burn(tickets)
+                elif tickets:
+                    for ticket in tickets:
+                        pair.give(ticket)
+                    self._say(messages.Stock(pair.number, token, tickets))
+        finally:
+            self._stocking.discard(pair.number)
+
+    async def _claimed(self, pair: Pair, token: bytes, asked: list[Ticket], tickets: list[Ticket]) -> None:
+        """Bob has taken tickets: only now may alice's worker have them."""
+        taken = [ticket for ticket in tickets if pair.has(ticket)]
+        vouchers = await asyncio.to_thread(self._house.vouchers, taken)
+        if pair.token != token:
+            return
+        for voucher in vouchers:
+            pair.worker.call(worker_calls.Stock(voucher))
+        refused = [ticket for ticket in asked if ticket not in tickets and pair.spoiled(ticket)]
+        if refused:
+            self._house.log("tickets_unknown_to_bob", worker=pair.number, count=len(refused))
+            self._burn(refused)
+            self.stock(pair)
+
+    def _expanded(self, pair: Pair, ticket: Ticket) -> None:
+        if pair.expanded(ticket):
+            self._ready()
+
+    def _spoiled(self, pair: Pair, ticket: Ticket) -> None:
+        if pair.spoiled(ticket):
+            pair.worker.call(worker_calls.Drop([ticket]))
+            self._say(messages.Drop(pair.number, [ticket]))
+            self._burn([ticket])
+            self.stock(pair)
+
+    def _burn(self, tickets: list[Ticket]) -> None:
+        if tickets:
+            self._house.metrics.burned.inc(len(tickets))
+            self._tasks.start(asyncio.to_thread(self._house.pool.discard, tickets))

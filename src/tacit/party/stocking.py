@@ -1,0 +1,72 @@
+"""Which tickets a pair of workers makes ready ahead of need: a decision from counts and sizes.
+
+A *line* is a model version and a batch size. Every line has one ticket ready if there is one, so that nothing waits for
+the first; beyond that, lines have tickets ready in proportion to how often they were used lately, within a limit of
+memory and of count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tacit.party.refill import Line
+
+MOST = 32
+"""Tickets of one line."""
+TOGETHER = 8
+"""Tickets that are taken from the pool at once: the disk is synced once for all of them."""
+_FORGETTING_S = 10.0
+_UNUSED = 0.1
+
+
+@dataclass
+class Usage:
+    """How often lines were used lately; times are given by the caller."""
+
+    _counts: dict[Line, tuple[float, float]] = field(default_factory=dict)
+
+    def used(self, line: Line, now: float) -> None:
+        """A ticket was used."""
+        self._counts[line] = self.of(line, now) + 1, now
+
+    def of(self, line: Line, now: float) -> float:
+        """Roughly, how many were used in the last ten seconds."""
+        count, when = self._counts.get(line, (0.0, now))
+        return count * math.exp(-max(0.0, now - when) / _FORGETTING_S)
+
+
+def next_lease(
+    sizes: Mapping[Line, int],
+    held: Mapping[Line, int],
+    levels: Mapping[Line, int],
+    used: Mapping[Line, float],
+    memory: int,
+) -> tuple[Line, int] | None:
+    """What to take from the pool next.
+
+    Args:
+        sizes: bytes that a ticket takes once it is expanded, of every line that is served.
+        held: tickets that the pair has, or is being given.
+        levels: tickets in the pool.
+        used: how often each line was used lately.
+        memory: bytes that all of the pair's tickets may take at a party.
+
+    Returns:
+        A line and a count; ``None`` if there is enough of everything, or no more to be had.
+    """
+    left = memory - sum(held.get(line, 0) * size for line, size in sizes.items())
+    best: tuple[float, Line] | None = None
+    for line, size in sizes.items():
+        have = held.get(line, 0)
+        if levels.get(line, 0) and have < MOST and (not have or size <= left):
+            need = (have / (_UNUSED + used.get(line, 0.0)), line)
+            best = need if best is None else min(best, need)
+    if best is None:
+        return None
+    line = best[1]
+    have = held.get(line, 0)
+    fitting = max(1, left // max(1, sizes[line]))
+    # Half of what it has more: lines take turns while all of them fill up.
+    return line, min(levels[line], MOST - have, fitting, TOGETHER, 1 + have // 2)
