@@ -2,10 +2,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check fmt test-slow clean
+.PHONY: demo hospitals test check fmt test-slow clean
 
 demo: $(INSTALLED)  ## train federatedly on digits, test an encrypted model on encrypted images, write report.html
 	$(BIN)/tacit demo --report report.html
+
+hospitals: $(INSTALLED)  ## four hospitals train together in processes of their own; needs TACIT_DATA; writes hospitals.html
+	$(BIN)/tacit hospitals --report hospitals.html
 
 test: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
@@ -29,4 +32,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## remove what was installed and made
-	rm -rf .venv report.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv report.html hospitals.html .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from tacit.cli import bench, keys, site
 from tacit.cli.audit import audit
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
+from tacit.cli.hospitals import hospitals
 from tacit.cli.train import resume, runs, train
 from tacit.errors import TacitError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(train)
 app.command()(resume)
+app.command()(hospitals)
 app.command()(audit)
 app.command()(cost)
 app.add_typer(runs, name="runs")

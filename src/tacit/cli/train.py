@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,21 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from tacit.cli import watch as watching
+from tacit.cli.progress import bar
 from tacit.errors import InputError
-from tacit.federated.history import RoundRecord
 from tacit.report import html
 from tacit.runs import listing
-from tacit.runs.experiment import Experiment
 from tacit.runs.train import OnBoard, OnRound, Outcome, start
 from tacit.runs.train import resume as resume_run
 
 if TYPE_CHECKING:
-    from tacit.runtimes.flower.board import Board
+    pass
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
@@ -106,7 +103,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 def _watch(work: Callable[[OnRound, OnBoard], Outcome], folder: Path, as_json: bool) -> None:
     console = Console(stderr=True)
-    with _bar(console) as (on_round, on_board):
+    with bar(console) as (on_round, on_board):
         outcome = work(on_round, on_board)
     summary = listing.summary(folder.name, outcome.history)
     ended = f" (it ended early: {outcome.reason})" if outcome.reason else ""
@@ -120,38 +117,3 @@ def _watch(work: Callable[[OnRound, OnBoard], Outcome], folder: Path, as_json: b
         console.print(f"The run is in [bold]{folder.absolute()}[/], without a report: {error}", soft_wrap=True)
     if as_json:
         print(json.dumps(summary))
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[tuple[OnRound, OnBoard]]:
-    columns = (
-        TextColumn("federated training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[news]}"),
-        TextColumn("{task.fields[stage]}", style="dim"),
-    )
-    progress = Progress(*columns, console=console)
-    bar = progress.add_task("", total=None, news="", stage="")
-
-    def on_round(record: RoundRecord, experiment: Experiment) -> None:
-        progress.start()
-        total = experiment.config.rounds.number
-        progress.update(bar, completed=record.round, total=total, news=listing.news(record))
-
-    said: list[str] = []
-
-    def on_board(board: Board) -> None:
-        progress.start()
-        if board.stage:
-            progress.update(bar, stage=f"round {board.round}, {board.stage}: {len(board.awaited)} to come")
-        for note in [note for note in board.notes if note not in said]:
-            said.append(note)
-            progress.console.print(note, style="dim", highlight=False, soft_wrap=True)
-
-    try:
-        yield on_round, on_board
-    finally:
-        if progress.live.is_started:
-            progress.stop()

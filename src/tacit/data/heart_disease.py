@@ -132,13 +132,35 @@ def load_heart_disease(data_dir: Path | None = None) -> tuple[Hospital, ...]:
         DataError: no folder is named, or a file is missing, unreadable, damaged or not the published one; the
             message names the file and, where there is one, the line.
     """
+    folder = _folder(data_dir)
+    return tuple(_hospital(name, file, folder) for name, file in FILES.items())
+
+
+def heart_files(data_dir: Path | None = None) -> tuple[Path, ...]:
+    """Where the four hospitals' files are, in the order of `FILES`; see `load_heart_disease` for where they may be.
+
+    Raises:
+        DataError: one is missing.
+    """
+    folder = _folder(data_dir)
+    return tuple(_path(file, folder) for file in FILES.values())
+
+
+def _folder(data_dir: Path | None) -> Path:
     named = data_dir or os.environ.get("TACIT_DATA")
     if not named:
         raise DataError(
             "the heart disease files are not downloaded: set TACIT_DATA to a folder with heart-disease/ in it, "
             "and put there the four processed.*.data files of the UCI repository's data set 45"
         )
-    return tuple(_hospital(name, file, Path(named)) for name, file in FILES.items())
+    return Path(named)
+
+
+def _path(file: PublishedFile, folder: Path) -> Path:
+    path = in_folder(folder, "heart-disease", file)
+    if path is None:
+        raise DataError(f"{file.name} is neither in {folder / 'heart-disease'} nor in {folder}: put it there")
+    return path
 
 
 def standardised(examples: Examples, mean: Tensor, std: Tensor) -> Examples:
@@ -161,9 +183,7 @@ def standardised(examples: Examples, mean: Tensor, std: Tensor) -> Examples:
 
 
 def _hospital(name: str, file: PublishedFile, folder: Path) -> Hospital:
-    path = in_folder(folder, "heart-disease", file)
-    if path is None:
-        raise DataError(f"{file.name} is neither in {folder / 'heart-disease'} nor in {folder}: put it there")
+    path = _path(file, folder)
     try:
         content = path.read_bytes()
     except OSError as error:

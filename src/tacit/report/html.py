@@ -21,6 +21,9 @@ from tacit.report.data import DemoReport, LayerCost, Sample, TrainingReport
 __all__ = ["DemoReport", "LayerCost", "Sample", "TrainingReport", "render", "render_training", "write"]
 
 
+StrPath = str | os.PathLike[str]
+
+
 def render(report: DemoReport) -> str:
     """Make the page of a demonstration.
 
@@ -37,7 +40,7 @@ def render(report: DemoReport) -> str:
         sections.cost(report),
         sections.provenance(report.settings, report.versions),
     )
-    return _page(f"{report.model} on {report.dataset}", sections.header(report), written)
+    return page(f"{report.model} on {report.dataset}", sections.header(report), written)
 
 
 def render_training(report: TrainingReport) -> str:
@@ -54,10 +57,16 @@ def render_training(report: TrainingReport) -> str:
         sections.circumstances(report.history),
         sections.provenance(report.settings, report.versions),
     )
-    return _page(f"{report.model} on {report.dataset}", sections.training_header(report), written)
+    return page(f"{report.model} on {report.dataset}", sections.training_header(report), written)
 
 
-def _page(title: str, header: str, written: Sequence[str]) -> str:
+def page(title: str, header: str, written: Sequence[str]) -> str:
+    """A whole HTML document of a header and sections.
+
+    Args:
+        title: of the window.
+        header, written: HTML.
+    """
     style = resources.files("tacit.report").joinpath("style.css").read_text(encoding="utf-8")
     body = "\n".join(written)
     return f"""<!DOCTYPE html>
@@ -82,18 +91,26 @@ def _page(title: str, header: str, written: Sequence[str]) -> str:
 """
 
 
-def write(report: DemoReport | TrainingReport, path: str | os.PathLike[str]) -> None:
+def write(report: DemoReport | TrainingReport, path: StrPath) -> None:
     """Write the report's page to ``path``, all of it or nothing: a reader never finds half a file there.
 
     Raises:
         InputError: nothing can be written there, or matplotlib is not installed.
     """
-    page = render(report) if isinstance(report, DemoReport) else render_training(report)
+    write_page(render(report) if isinstance(report, DemoReport) else render_training(report), path)
+
+
+def write_page(text: str, path: StrPath) -> None:
+    """Write a page to ``path``, all of it or nothing.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
     target = Path(path)
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         with draft.open("x", encoding="utf-8") as stream:
-            stream.write(page)
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, target)

@@ -102,7 +102,7 @@ where they are.{masked}</p>
 {"" if label_counts is None else _plot(plots.partition(label_counts), split, wide)}
 {_facts(facts)}
 </div>"""
-    return _section("Training together", text)
+    return section("Training together", text)
 
 
 def _clients(history: Sequence[RoundRecord], label_counts: Tensor | None) -> int:
@@ -144,7 +144,7 @@ def circumstances(history: Sequence[RoundRecord]) -> str:
         text += f"\n<h3>Why clients were lost</h3>\n{_facts(reasons)}"
     if history:
         text += f"\n{rounds.table(history)}"
-    return _section("What it met and spent", text)
+    return section("What it met and spent", text)
 
 
 def provenance(settings: Mapping[str, str], versions: Mapping[str, str]) -> str:
@@ -155,7 +155,7 @@ def provenance(settings: Mapping[str, str], versions: Mapping[str, str]) -> str:
 <div><h3>Versions</h3>
 {_facts({name: escape(value) for name, value in versions.items()})}</div>
 </div>"""
-    return _section("To run it again", text)
+    return section("To run it again", text)
 
 
 def predicting(report: DemoReport) -> str:
@@ -180,7 +180,7 @@ from the first layer to the last, and only the client put the two halves of the 
 {apart} got another class than in the clear.</p>
 {gallery}
 {_confusion(report.confusion)}"""
-    return _section("Predicting in secret", text)
+    return section("Predicting in secret", text)
 
 
 def parties(report: DemoReport) -> str:
@@ -205,7 +205,7 @@ noise of exactly the same kind. Only the sum says anything.</p>
 </dl>
 <p class="note">This holds while all follow the protocol and no two of alice, bob and the provider pool what
 they hold. The shape of the computation (layers, sizes, batch) is public.</p>"""
-    return _section("What each party saw", text)
+    return section("What each party saw", text)
 
 
 def cost(report: DemoReport) -> str:
@@ -218,10 +218,11 @@ def cost(report: DemoReport) -> str:
 each took 10{SPACE}ms on the network, {rounds} would add {waiting} to a batch. What the provider deals does
 not depend on the image and can be sent beforehand.</p>
 {_layers(report.layers)}"""
-    return _section("What it costs", text)
+    return section("What it costs", text)
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A part of a page under a heading."""
     return f'<section>\n<h2>{title}</h2>\n<div class="body">\n{body}\n</div>\n</section>'
 
 
