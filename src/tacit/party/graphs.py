@@ -33,6 +33,8 @@ DTYPES = {
     str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 }
 """The dtypes that a program may name."""
+MAX_DEPTH = 32
+"""Of lists in lists, as arguments; what programs hold needs three or four."""
 
 
 def pack_nodes(nodes: Iterable[Node]) -> list[PackedNode]:
@@ -113,9 +115,11 @@ def _plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _plain(value) for key, value in values.items() if key not in placing}
 
 
-def _rebuilt(value: Any) -> Any:
+def _rebuilt(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise CodecError(f"the program holds an argument that is nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):
-        return [_rebuilt(item) for item in value]
+        return [_rebuilt(item, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     match list(value.items()):
@@ -124,5 +128,5 @@ def _rebuilt(value: Any) -> Any:
         case [("dtype", str(name))] if name in DTYPES:
             return DTYPES[name]
         case [("tuple", list(items))]:
-            return tuple(map(_rebuilt, items))
+            return tuple(_rebuilt(item, depth + 1) for item in items)
     raise CodecError("the program holds an argument that is neither a number, a string, a reference nor a dtype")
