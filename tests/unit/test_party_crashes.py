@@ -300,3 +300,46 @@ def test_a_vault_keeps_whole_models_whatever_it_dies_of(tmp_path: Path, pushes: 
             for digest in kept:
                 assert vault.load(digest).digest == digest
             assert len([*outcome.iterdir()]) == len(kept), "half a file is left over"
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_disk_that_changes_bytes_yields_no_wrong_and_no_used_ticket(tmp_path: Path, count: int) -> None:
+    """What a bit that flips on the disk turns into is refused by the ledger or by a seal, if it is not passed over."""
+    template, folder, luck = tmp_path / "template", tmp_path / "pool", random.Random(count)
+    store = PoolStore(template, KEY, LIMIT)
+    for ticket in sorted(FIRST):
+        put(store, ticket)
+    store.claim([b(0), a(0)])
+    for ticket in (b(0), a(0)):
+        check_read(store, ticket)
+    store.close()
+    ready, read, refused = FIRST - {a(0), b(0)}, 0, 0
+    for _ in range(count):
+        afresh(folder, template)
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+        path = luck.choice([path for path in paths if path.suffix == ".sqlite"] * len(paths) + paths)
+        content = bytearray(path.read_bytes())
+        for _ in range(luck.choice([1, 1, 8])):
+            content[luck.randrange(len(content))] ^= 1 << luck.randrange(8)
+        path.write_bytes(content)
+        injected("bytes changed on the disk")
+        try:
+            store = PoolStore(folder, KEY, LIMIT)
+        except DataError:
+            refused += 1
+            continue
+        try:
+            tickets = [Ticket(*line, serial) for line in store.levels() for serial in store.serials(*line)]
+        except (DataError, UnicodeDecodeError):
+            refused, tickets = refused + 1, []
+        for ticket in tickets:
+            try:
+                store.claim([ticket])
+                check_read(store, ticket)
+            except (DataError, CorrelationError):
+                refused += 1
+                continue
+            assert ticket in ready
+            read += 1
+        store.close()
+    assert read > refused > 0

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tacit import atomic, database
 from tacit.errors import CorrelationError, DataError, InputError, PeerError, StorageFull
+from tacit.party import dealing, pool, refill, sealing, tickets, vault, vouchers
 from tacit.party.pool import ROW_BYTES, Holding, PoolStore
 from tacit.party.tickets import DealtLedger, Ticket
 from tacit.party.vouchers import redeem
@@ -284,6 +286,26 @@ def test_a_damaged_ledger_is_an_error_that_says_what_to_do(tmp_path: Path, damag
     # The lock went with it.
     path.unlink()
     PoolStore(tmp_path, KEY, LIMIT).close()
+
+
+def test_a_row_that_names_no_ticket_is_dropped_and_leads_nowhere(tmp_path: Path) -> None:
+    filled(tmp_path / "pool", range(2)).close()
+    outside = tmp_path / "precious-8-0"
+    outside.write_bytes(b"x")
+    with sqlite3.connect(tmp_path / "pool" / "ledger.sqlite") as ledger:
+        ledger.execute("UPDATE ready SET model = '../../precious' WHERE serial = 0")
+        ledger.execute("UPDATE ready SET serial = -5 WHERE serial = 1")
+    ledger.close()
+    store = PoolStore(tmp_path / "pool", KEY, LIMIT)
+    assert (store.lost, store.levels(), store.nbytes) == (2, {}, 0)
+    assert outside.exists()
+    assert files(tmp_path / "pool") == set()
+    store.close()
+
+
+def test_nothing_that_lasts_depends_on_a_clock() -> None:
+    for module in (database, atomic, pool, sealing, tickets, vault, vouchers, dealing, refill):
+        assert not {"time", "datetime", "monotonic"} & vars(module).keys(), module.__name__
 
 
 def test_a_ledger_of_something_else_or_another_version_is_refused(tmp_path: Path) -> None:

@@ -365,16 +365,16 @@ class PoolStore:
             elif marks != [mark]:
                 raise self._unusable("it was sealed under another key: is this the folder of another party?")
             there = {entry.name: entry.stat().st_size for entry in os.scandir(self._files)}
-            for model, batch, serial, size in ledger.execute("SELECT model, batch, serial, file_bytes FROM ready"):
-                ticket = Ticket(model, batch, serial)
-                if size == there.pop(self._path(ticket).name, 0):
+            for *row, size in ledger.execute("SELECT model, batch, serial, file_bytes FROM ready").fetchall():
+                ticket = Ticket(*row)
+                if _is_named(ticket) and size == there.get(self._path(ticket).name, 0):
                     self._file_bytes[ticket] = size
                 else:
                     lost.append(ticket)
             ledger.executemany(_DELETE, map(_row, lost))
         self._old = frozenset(self._file_bytes)
-        for path in (*map(self._path, lost), *(self._files / name for name in there)):
-            path.unlink(missing_ok=True)
+        for name in there.keys() - {self._path(ticket).name for ticket in self._old}:
+            (self._files / name).unlink(missing_ok=True)
         return len(lost)
 
     def _path(self, ticket: Ticket) -> Path:
@@ -394,6 +394,14 @@ class PoolStore:
 
 def _row(ticket: Ticket) -> tuple[str, int, int]:
     return ticket.model, ticket.batch, ticket.serial
+
+
+def _is_named(ticket: Ticket) -> bool:
+    """Whether these are the parts of a ticket's name, which a damaged disk may have changed."""
+    try:
+        return check_ticket(*_row(ticket)) == ticket
+    except InputError:
+        return False
 
 
 def _came_before(ticket: Ticket) -> CorrelationError:
