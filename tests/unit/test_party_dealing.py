@@ -176,6 +176,25 @@ def test_no_two_tickets_share_anything(pushed: Push) -> None:
     assert len(seen) > 20
 
 
+def test_the_provider_keeps_nothing_of_what_it_dealt(trio: Trio, pushed: Push, tmp_path: Path) -> None:
+    trio.connect_alice()
+    bob = trio.connect_bob()
+    dealt = fetch(bob, trio.bob, trio.models[1], Want(pushed.digest, 1, 3)).complete
+    trio.bob.claim(dealt)
+    secrets = [trio.alice.read(ticket)[0] for ticket in trio.alice.lease(pushed.digest, 1, 3)]
+    for ticket in dealt:
+        seed, corrections = trio.bob.read(ticket)
+        secrets += [
+            seed,
+            *(value.numpy().tobytes()[:64] for value in corrections if value.numel() * value.itemsize >= 64),
+        ]
+    assert len(secrets) > 9
+    on_disk = b"".join(path.read_bytes() for path in (tmp_path / "provider").rglob("*") if path.is_file())
+    assert pushed.digest.encode() in on_disk
+    assert not any(secret in on_disk for secret in secrets)
+    trio.dealer.stop()
+
+
 def test_what_cannot_be_dealt_is_answered_with_the_reason(trio: Trio, pushed: Push) -> None:
     bob = trio.connect_bob()
 
