@@ -80,7 +80,11 @@ class TrainingProgram:
         return run_step(self.step, [*held, *batch, *map(torch.tensor, numbers)], self.context)
 
     def cost(self) -> Cost:
-        """What one step takes, from shapes alone.
+        """What one step takes; see `plan`."""
+        return self.plan()[0]
+
+    def plan(self) -> tuple[Cost, int]:
+        """What one step takes, and the fractional bits of its loss, from shapes alone.
 
         Raises:
             UnsupportedOperator: an operator, or a form of it, has no lowering.
@@ -101,7 +105,7 @@ class TrainingProgram:
         left = [(tuple(value.shape), value.scale) for value in outputs if isinstance(value, Share)]
         if len(left) < len(outputs) or left[:-1] != [(self.state[name], PARAMETER_BITS) for name in self.updated]:
             raise InputError("the training step leaves a state of other shapes or scales than it takes")
-        return cost_of(self.step.graph, meter)
+        return cost_of(self.step.graph, meter), outputs[-1].scale
 
 
 def training_program(recipe: Recipe, shape: Shape) -> TrainingProgram:

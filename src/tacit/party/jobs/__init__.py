@@ -1,0 +1,1 @@
+"""Training jobs: encrypted training that alice and bob run by themselves, for hours, whatever breaks meanwhile."""
