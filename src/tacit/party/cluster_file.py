@@ -178,6 +178,22 @@ class Pools(_Section, frozen=True):
         _finite(disk_gb=self.disk_gb)
 
 
+class TrainingJobs(_Section, frozen=True):
+    """``[training]``: the training jobs that alice and bob run.
+
+    Args:
+        disk_gb: how much disk the rows and checkpoints of all jobs may take at a party, in 10^9 bytes.
+        ahead: tickets wanted ahead of a job that runs; they count for ``pools.disk_gb``.
+    """
+
+    disk_gb: float = 8.0
+    ahead: int = 8
+
+    def __post_init__(self) -> None:
+        _positive(ahead=self.ahead)
+        _finite(disk_gb=self.disk_gb)
+
+
 class NetworkFigures(_Section, frozen=True):
     """``[network]``: between alice and bob, by which the planner chooses protocols.
 
@@ -206,6 +222,7 @@ class ClusterFile(_Section, frozen=True):
     clients: Mapping[str, Client] = msgspec.field(default_factory=dict)
     serving: Serving = Serving()
     pools: Pools = Pools()
+    training: TrainingJobs = TrainingJobs()
     network: NetworkFigures = NetworkFigures()
 
     def __post_init__(self) -> None:
@@ -251,7 +268,7 @@ class ClusterFile(_Section, frozen=True):
         lines = [f"# Everybody's file: {_DOCUMENTATION} documents it."]
         for place, name, one in self._everybody():
             lines += ["", f"[{place}.{_quoted(name)}]", *_lines(one)]
-        for place in ("serving", "pools", "network"):
+        for place in ("serving", "pools", "training", "network"):
             lines += ["", f"[{place}]", *_lines(getattr(self, place))]
         return "\n".join(lines) + "\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from tacit.errors import CorrelationError
@@ -46,6 +47,29 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+class LazyPool(Pool):
+    """The same, worked out as it is used, so that little of it is in memory at any time.
+
+    Args:
+        parts: what was dealt, in the order of use.
+    """
+
+    def __init__(self, parts: Iterator[tuple[Correlation, Part]]) -> None:
+        super().__init__()
+        self._rest = parts
+
+    def take(self, correlation: Correlation) -> Part:
+        """This party's part of ``correlation``; see `Pool.take`."""
+        if (following := next(self._rest, None)) is not None:
+            self.put(*following)
+        return super().take(correlation)
+
+    def discard(self) -> None:
+        """Throw everything away."""
+        super().discard()
+        self._rest = iter(())
 
 
 class Watch(Meter):
