@@ -24,6 +24,7 @@ SECTIONS = {
     "clients.NAME": Client,
     "serving": cluster_file.Serving,
     "pools": cluster_file.Pools,
+    "training": cluster_file.TrainingJobs,
     "network": cluster_file.NetworkFigures,
 }
 
