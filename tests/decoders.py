@@ -10,13 +10,24 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from tacit import wire
 from tacit.identity import Identity, key_text
-from tacit.party import calls, client_hello, dealing_messages, models, push, session_messages, tls, worker_calls
+from tacit.party import (
+    calls,
+    client_hello,
+    dealing_messages,
+    messages,
+    models,
+    push,
+    session_messages,
+    tls,
+    worker_calls,
+)
 from tacit.party.programs import decode_program, encode_program
 from tacit.party.session_messages import Purpose, Welcome
 from tacit.party.streams import Plain
@@ -184,6 +195,31 @@ def _worker_answers() -> list[bytes]:
     ]
 
 
+def _serving(decoder: Any, *examples: Any) -> tuple[Callable[[bytes], object], Callable[[], Sequence[bytes]]]:
+    return lambda data: messages.decode(decoder, data, "bob"), lambda: [messages.encode(one) for one in examples]
+
+
+_CLIENT = _serving(
+    messages.client_calls,
+    messages.Describe(1, "mnist"),
+    messages.Ask(2, TICKET.model, 8, 50.0),
+    messages.Cancel(2),
+)
+_CLIENT_REPLY = _serving(
+    messages.client_replies,
+    messages.Described(1, TICKET.model, [([1, 28, 28], False)], 64),
+    messages.Answer(2, 3, [16]),
+)
+_OWNER = _serving(
+    messages.owner_calls, messages.Push(b"part"), messages.Pull("mnist"), messages.Pull("mnist", TICKET.model),
+    messages.List(),
+)  # fmt: skip
+_OWNER_REPLY = _serving(messages.owner_replies, messages.Pulled(b"part"))
+_FROM_ALICE = _serving(messages.from_alice, messages.Trimmed([TICKET]))
+_FROM_BOB = _serving(messages.from_bob, messages.Trim([TICKET]))
+_SERVING = ("tacit.party.messages", "tacit.wire")
+
+
 def _programs() -> list[bytes]:
     return [encode_program(program) for program in _pushed().alice.programs.values()]
 
@@ -211,6 +247,12 @@ DECODERS = {
         Decoder("failure", calls.decode_failure, _failures, ("tacit.party.calls",)),
         Decoder("dealing", dealing_messages.decode, _dealing, ("tacit.party.dealing_messages",)),
         Decoder("worker-call", worker_calls.decode_call, _worker_calls, ("tacit.party.worker_calls",)),
+        Decoder("client-call", *_CLIENT, _SERVING),
+        Decoder("client-reply", *_CLIENT_REPLY, _SERVING),
+        Decoder("owner-call", *_OWNER, _SERVING),
+        Decoder("owner-reply", *_OWNER_REPLY, _SERVING),
+        Decoder("from-alice", *_FROM_ALICE, _SERVING),
+        Decoder("from-bob", *_FROM_BOB, _SERVING),
         Decoder("worker-answer", worker_calls.decode_answer, _worker_answers, ("tacit.party.worker_calls",)),
     )
 }

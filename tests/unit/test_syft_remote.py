@@ -4,16 +4,23 @@ import copy
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tacit.syft as sy
+from links import plain_links
 from tacit.errors import CodecError, InputError, PeerError
-from tacit.party.objects import RemoteWorker, functions, name_of
+from tacit.identity import Identity, key_text
+from tacit.party import dialing
+from tacit.party.address import Address
+from tacit.party.objects import RemoteWorker, functions, name_of, serve_objects_to
 from tacit.party.transport import TOKEN_BYTES
+from tacit.wire import Kind
 
 X = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.25, -1.0]])
 Started = tuple[subprocess.Popen[str], int, bytes]
@@ -157,3 +164,51 @@ def test_strangers_are_refused_and_a_worker_that_ended_is_gone() -> None:
     with pytest.raises(PeerError):
         RemoteWorker("bob", port, secrets.token_bytes(TOKEN_BYTES))
     assert ended(process) != 0
+
+
+class TestOverTls:
+    """A worker on another machine: here a thread, which has nothing of its program but a connection."""
+
+    WORKER, PROGRAM, MALLORY = (Identity(bytes([number]) * 32) for number in (1, 2, 3))
+
+    @pytest.fixture
+    def address(self) -> Iterator[str]:
+        with dialing.listen(Address("127.0.0.1", 0)) as listener:
+            pins = {"a program": self.PROGRAM.public}
+            worker = sy.VirtualWorker(id="bob")
+            thread = threading.Thread(target=serve_objects_to, args=(worker, listener, self.WORKER, pins))
+            thread.start()
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+            thread.join(20)
+            assert not thread.is_alive()
+
+    def test_strangers_are_refused_and_the_program_is_served(self, address: str) -> None:
+        stranger = RemoteWorker.dial("bob", address, self.MALLORY, key_text(self.WORKER.public))
+        with pytest.raises(PeerError, match="bob refused this side's key"):
+            X.send(stranger)
+        stranger.close()
+        with pytest.raises(PeerError, match="does not hold the key"):
+            RemoteWorker.dial("bob", address, self.PROGRAM, key_text(self.MALLORY.public))
+        worker = RemoteWorker.dial("bob", address, self.PROGRAM, key_text(self.WORKER.public))
+        torch.testing.assert_close((X.send(worker) * 2).get(), X * 2)
+        worker.close()
+
+    @pytest.mark.parametrize(
+        ("kind", "body", "error"),
+        [
+            (Kind.REPLY, b"\xc1", CodecError),
+            (Kind.ERROR, b"\xc1", CodecError),
+            (Kind.ERROR, msgspec.msgpack.encode([1, 2]), CodecError),
+            (Kind.ERROR, msgspec.msgpack.encode(["__loader__", "x"]), InputError),
+            (Kind.ERROR, msgspec.msgpack.encode(["PeerError", "x"]), PeerError),
+        ],
+    )
+    def test_answers_that_do_not_parse(self, kind: Kind, body: bytes, error: type[Exception]) -> None:
+        ours, theirs = plain_links()
+        worker = RemoteWorker.__new__(RemoteWorker)
+        worker._begin("bob", ours)
+        theirs.send(kind, body=body)
+        with pytest.raises(error):
+            worker.hold(X)
+        worker.close()
+        theirs.close()

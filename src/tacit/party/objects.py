@@ -8,17 +8,27 @@
 >>> pointer = PointerTensor(bob, bob.hold(torch.tensor([1.0, 2.0])))
 >>> (pointer * 2).sum().get()
 
+On another machine both sides have identities, and the connection is TLS between their pinned keys::
+
+    python -m tacit.party.objects bob --listen 0.0.0.0:7500 --key bob.key --caller ed25519:…
+
+>>> bob = RemoteWorker.dial("bob", "bob.example:7500", Identity.load(Path("me.key")), "ed25519:…")
+
 What travels are names of PyTorch's functions, numbers of objects, settings, and the tensors of `hold` and `give`. The
 process looks a name up in a table of the functions that PyTorch lets be overridden, and refuses every other; a result
-that is no tensor comes back only where it tells a tensor's form. Both sides show the token; the connection is not
-encrypted, and the transport keeps to the loopback interface.
+that is no tensor comes back only where it tells a tensor's form. On one machine both sides show the token; that
+connection is not encrypted, and keeps to the loopback interface.
 """
 
 from __future__ import annotations
 
+import argparse
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,9 +38,12 @@ from torch.overrides import get_overridable_functions, resolve_name
 
 from tacit import errors
 from tacit.errors import CodecError, InputError, PeerError, TacitError
+from tacit.identity import Identity, parse_key
+from tacit.party import dialing, tls
+from tacit.party.address import parse_address
 from tacit.party.transport import Link, accept, connect, listen
 from tacit.remote import GetNotPermittedError, PointerTensor, VirtualWorker, cloned, pointer_to, run
-from tacit.wire import Frame, Kind
+from tacit.wire import Frame, Kind, parsed
 
 _CALLER = "a program"
 _AS_WORDS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16}
@@ -40,6 +53,13 @@ _DTYPES = {
 }
 _SETTERS = ("grad", "data", "requires_grad")
 _COPY = "tacit.cloned"
+_ERRORS: dict[str, type[Exception]] = {
+    **{name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, TacitError)},
+    GetNotPermittedError.__name__: GetNotPermittedError,
+}
+"""What another process may have this one raise."""
+_answers = msgspec.msgpack.Decoder(Any)
+_failures = msgspec.msgpack.Decoder(tuple[str, str])
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +90,9 @@ def name_of(function: Any) -> str:
 
 
 class RemoteWorker(VirtualWorker):
-    """A worker in another process of this machine; what moves from it to another worker passes through this program.
+    """A worker in another process; what moves from it to another worker passes through this program.
+
+    One of this machine is reached by a port and a token, one of another by `dial`.
 
     Args:
         id: the name under which the process was started.
@@ -82,8 +104,30 @@ class RemoteWorker(VirtualWorker):
     """
 
     def __init__(self, id: str, port: int, token: bytes) -> None:
+        self._begin(id, connect(port, _CALLER, id, token))
+
+    @classmethod
+    def dial(cls, id: str, address: str, identity: Identity, key: str) -> RemoteWorker:
+        """A worker on another machine, over TLS 1.3.
+
+        Args:
+            id: its name.
+            address: where it listens, as ``host:port``.
+            identity: this program's; the worker has its key as ``--caller``.
+            key: the worker's public key, as `tacit keys show` prints it.
+
+        Raises:
+            InputError: the address or the key is none.
+            PeerError: nobody listens there, or somebody with another key.
+        """
+        link = dialing.dial(parse_address(address), identity, id, parse_key(key))
+        worker = cls.__new__(cls)
+        worker._begin(id, link)
+        return worker
+
+    def _begin(self, id: str, link: Link) -> None:
         super().__init__(id=id)
-        self._link, self._forgotten = connect(port, _CALLER, id, token), list[int]()
+        self._link, self._forgotten = link, list[int]()
 
     def hold(self, value: Any) -> int:
         """Send a tensor; returns its number there."""
@@ -127,11 +171,10 @@ class RemoteWorker(VirtualWorker):
         gone = [self._forgotten.pop() for _ in range(len(self._forgotten))]
         self._link.send(Kind.CALL, tensors, msgspec.msgpack.encode((gone, *body)))
         frame = self._link.receive(Kind.REPLY, Kind.ERROR)
-        answer = msgspec.msgpack.decode(frame.body)
         if frame.kind is Kind.ERROR:
-            known = {**vars(errors), GetNotPermittedError.__name__: GetNotPermittedError}
-            raise known.get(answer[0], InputError)(answer[1])
-        return answer, frame
+            name, text = parsed(_failures, frame.body, f"what {self.id} says of a failure")
+            raise _ERRORS.get(name, InputError)(text)
+        return parsed(_answers, frame.body, f"what {self.id} answered"), frame
 
 
 class _Server:
@@ -174,8 +217,32 @@ def serve_objects(worker: VirtualWorker, token: bytes, announce: Callable[[int],
     """
     with listen() as listener:
         announce(listener.getsockname()[1])
-        link, server = accept(listener, worker.id, {_CALLER}, token), _Server(worker)
-    link.patience = None
+        link = accept(listener, worker.id, {_CALLER}, token)
+    _serve(worker, link)
+
+
+def serve_objects_to(
+    worker: VirtualWorker, listener: socket.socket, identity: Identity, pins: Mapping[str, bytes]
+) -> None:
+    """Hold objects for the first program with a pinned key that calls, until it closes its connection.
+
+    Args:
+        worker: holds them; its policy decides what it hands out.
+        listener: where the program calls; whoever else does is refused, and waiting goes on.
+        identity: the worker's.
+        pins: the public keys of programs that may call, by name.
+    """
+    context = tls.server_context(identity, pins)
+    while True:
+        sock, _ = listener.accept()
+        with suppress(PeerError):
+            link = dialing.answer(sock, context, identity, pins)
+            break
+    _serve(worker, link)
+
+
+def _serve(worker: VirtualWorker, link: Link) -> None:
+    link.patience, server = None, _Server(worker)
     try:
         while True:
             _answer(link, server, worker.id)
@@ -286,9 +353,28 @@ def _numbers(value: Any) -> list[int]:
     return [found for item in items for found in _numbers(item)]
 
 
+def main() -> None:
+    """Be a worker, for a program on this machine or, with ``--listen``, on another."""
+    parser = argparse.ArgumentParser(prog="python -m tacit.party.objects", description=main.__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--listen", help="host:port, for a program on another machine")
+    parser.add_argument("--key", type=Path, help="this worker's key file")
+    parser.add_argument("--caller", help="the program's public key")
+    chosen = parser.parse_args()
+    worker = VirtualWorker(id=chosen.name)
+    if chosen.listen is None:
+        serve_objects(worker, bytes.fromhex(sys.stdin.readline()), lambda port: print(port, flush=True))
+        return
+    if chosen.key is None or chosen.caller is None:
+        parser.error("--listen needs --key and --caller")
+    pins = {_CALLER: parse_key(chosen.caller)}
+    with dialing.listen(parse_address(chosen.listen)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        serve_objects_to(worker, listener, Identity.load(chosen.key), pins)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tacit.party.objects NAME")
-    serve_objects(
-        VirtualWorker(id=sys.argv[1]), bytes.fromhex(sys.stdin.readline()), lambda port: print(port, flush=True)
-    )
+    try:
+        main()
+    except TacitError as error:
+        sys.exit(f"error: {error}")
