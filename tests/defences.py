@@ -341,7 +341,7 @@ DEFENCES = (
     ),
     _of(
         "a sum below the threshold or the minimum",
-        MASKED + "test_every_drop_out_pattern_up_to_the_names_of_the_clients",
+        MASKED + "TestOnce::test_a_server_closes_no_stage_with_too_few_answers",
         SERVER,
         "            if len(arrived) < fewest:",
         "            if not arrived:",
@@ -403,7 +403,7 @@ DEFENCES = (
         UNIFORM + "test_no_mask_comes_back_in_another_round_or_at_another_client",
         "src/tacit/ring/prg.py",
         "        self._seed = bytes(seed)\n",
-        "        self._seed = bytes(15) + bytes(seed[:1])\n",
+        "        self._seed = bytes(SEED_BYTES)\n",
     ),
     # The shared sum.
     _of(
@@ -455,14 +455,18 @@ DEFENCES = (
         "            if False:",
     ),
     _of(
-        "one party as both servers",
-        (
-            SHARED + "TestRefusals::test_one_key_for_both_servers",
-            SHARED + "TestRefusals::test_a_client_insists_on_its_servers_minimum_and_task",
-        ),
+        "one key for both servers",
+        SHARED + "TestRefusals::test_one_key_for_both_servers",
         SUMS + "shared_messages.py",
         "    if terms.alice == terms.bob:",
         "    if False:",
+    ),
+    _of(
+        "one party as both servers",
+        SHARED + "TestRefusals::test_a_client_insists_on_its_servers_minimum_and_task",
+        SUMS + "shared_client.py",
+        "        if self.alice == self.bob:",
+        "        if False:",
     ),
     _of(
         "a sum of fewer than the minimum, in shares",

@@ -54,11 +54,44 @@ KILLED_ROUND = 4
 """After a snapshot of round 2, so that the third round is run again too."""
 
 
-def written(folder: Path, protocol: str, number: int = 4) -> Path:
+NOISE = """
+[privacy]
+level = "distributed"
+noise_multiplier = 1.0
+"""
+
+
+def written(folder: Path, protocol: str, number: int = 4, more: str = "") -> Path:
     (folder / "model.py").write_text(MODEL)
     path = folder / "run.toml"
-    path.write_text(CONFIG.replace("number = 4", f"number = {number}") + f'protocol = "{protocol}"\n')
+    path.write_text(CONFIG.replace("number = 4", f"number = {number}") + f'protocol = "{protocol}"\n{more}')
     return path
+
+
+def killed_and_resumed(config: Path, run: Path, log: Path, arrange: Callable[[], None]) -> None:
+    """Two processes: one that is killed in round `KILLED_ROUND`, and one that goes on to the end."""
+
+    def begin() -> None:
+        watched(log)
+        arrange()
+        start(config, run)
+
+    def go_on() -> None:
+        watched(log)
+        resume(run)
+
+    killed, again = (get_context("fork").Process(target=work) for work in (begin, go_on))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    assert len(RunFolder.open(run).history()) == KILLED_ROUND - 1
+    again.start()
+    again.join(120)
+    assert again.exitcode == 0
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert {int(process) for process, _ in lines} == {killed.pid, again.pid}
+    # No advert, masked vector or part came twice, in one life or in the other.
+    assert len({frame for _, frame in lines}) == len(lines) > 50
 
 
 def comparable(history: tuple[RoundRecord, ...]) -> list[RoundRecord]:
@@ -177,25 +210,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Out
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_is_killed_within_a_sum(whole: dict[str, tuple[Path, Outcome]], tmp_path: Path, moment: str) -> None:
     protocol, arrange = MOMENTS[moment]
-    config, run, log = written(tmp_path, protocol), tmp_path / "run", tmp_path / "log"
-
-    def begin() -> None:
-        watched(log)
-        arrange()
-        start(config, run)
-
-    def go_on() -> None:
-        watched(log)
-        resume(run)
-
-    killed, again = (get_context("fork").Process(target=work) for work in (begin, go_on))
-    killed.start()
-    killed.join(120)
-    assert killed.exitcode == -signal.SIGKILL
-    assert len(RunFolder.open(run).history()) == KILLED_ROUND - 1
-    again.start()
-    again.join(120)
-    assert again.exitcode == 0
+    run = tmp_path / "run"
+    killed_and_resumed(written(tmp_path, protocol), run, tmp_path / "log", arrange)
     require_same(whole[protocol], (run, resume(run)))
     auditor = Auditor(run)
     entries = list(auditor.rounds())
@@ -206,10 +222,28 @@ def test_a_run_that_is_killed_within_a_sum(whole: dict[str, tuple[Path, Outcome]
     assert auditor.finish().models["model.safetensors"] == 4
     numbers = numbers_of_sums(run)
     assert len(set(numbers)) == len(numbers)
-    lines = [line.split() for line in log.read_text().splitlines()]
-    assert {int(process) for process, _ in lines} == {killed.pid, again.pid}
-    # No advert, masked vector or part came twice, in one life or in the other.
-    assert len({frame for _, frame in lines}) == len(lines) > 50
+    # Without noise, a round that is run again comes to the same sum.
+    assert len({(entry.round, entry.entry.after) for entry in entries}) == 4
+
+
+@pytest.mark.parametrize(
+    "moment", ["masked, unmask", "masked, written down", "shared, one share revealed", "shared, written down"]
+)
+def test_noise_is_drawn_and_paid_for_again(tmp_path: Path, moment: str) -> None:
+    protocol, arrange = MOMENTS[moment]
+    run = tmp_path / "run"
+    killed_and_resumed(written(tmp_path, protocol, more=NOISE), run, tmp_path / "log", arrange)
+    auditor = Auditor(run)
+    entries = list(auditor.rounds())
+    auditor.finish()
+    of_round = {number: [entry.entry for entry in entries if entry.round == number] for number in range(1, 5)}
+    assert [len(of_round[number]) for number in range(1, 5)] == [1, 1, 2, 2 if "written down" in moment else 1]
+    for repeated in of_round.values():
+        assert len({entry.after for entry in repeated}) == len(repeated)
+    # Charged before the sum was opened: twice each for rounds 3 and 4, whether or not the first time was written down.
+    charges = [charge.label.rpartition(" ")[2] for entry in entries for charge in entry.entry.charges]
+    assert charges == ["1", "2", "3", "4", "3", "4"]
+    assert entries[-1].entry.spent.epsilon > 1.2 * entries[2].entry.spent.epsilon
 
 
 @pytest.mark.slow

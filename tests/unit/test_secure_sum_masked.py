@@ -214,6 +214,24 @@ class TestOnce:
         with pytest.raises(PeerError, match="no sum"):
             _ = MaskedServer(World(4).invite).outcome
 
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_a_server_closes_no_stage_with_too_few_answers(self, stage: Stage) -> None:
+        world = World(5)
+        frames, invite, server = run(world).frames, world.invite, MaskedServer(world.invite)
+        fewest = invite.minimum if stage <= Stage.MASK else invite.threshold
+        for at in STAGES[: stage + 1]:
+            for number in range(fewest - 1 if at is stage else world.n):
+                server.receive(frames["up", at, number])
+            if at is not stage:
+                server.close()
+        with pytest.raises(
+            PeerError, match=f"{fewest - 1} clients are left in stage {stage.name}, {fewest} are needed"
+        ):
+            server.close()
+        assert server.stage is Stage.FAILED
+        with pytest.raises(PeerError, match="no sum"):
+            _ = server.outcome
+
     def test_a_server_that_is_done_closes_nothing(self) -> None:
         server = MaskedServer(World(4).invite)
         with pytest.raises(PeerError, match="no sum"):

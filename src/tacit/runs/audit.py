@@ -67,6 +67,7 @@ class Auditor:
         self._own_pins, self._known = pinned is None, head
         self._pins: Pins = read_pins(pinned or self._evidence.pins)
         self._rounds: dict[int, Checked] = {}
+        self._models: dict[bytes, int] = {}
         self._charges: defaultdict[str, list[Event]] = defaultdict(list)
         self._rows: list[tuple[str, str, str]] = []
         settings, _ = config.read(self._folder.config)
@@ -86,6 +87,7 @@ class Auditor:
             for superseded in [number for number in self._rounds if number >= checked.round]:
                 del self._rounds[superseded]
             self._rounds[checked.round] = checked
+            self._models[checked.entry.after] = checked.round
             yield checked
 
     def finish(self) -> Audit:
@@ -162,7 +164,7 @@ class Auditor:
                     raise PeerError("the privacy ledger holds other charges than the transcript")
 
     def _checked_models(self) -> dict[str, int]:
-        came = {checked.entry.after: number for number, checked in self._rounds.items()}
+        came = self._models
         found = {}
         for name in ("model", "best"):
             path = self._folder.path / f"{name}.safetensors"

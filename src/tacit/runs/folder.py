@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacit.errors import DataError, InputError
+from tacit.federated.algorithm import ServerState
 from tacit.federated.history import ClientAccuracies, RoundRecord
 from tacit.federated.secure_sum.interface import Safeguards
 from tacit.runs.evidence import Evidence
@@ -176,10 +177,9 @@ class RunFolder:
             database.execute("DELETE FROM rounds WHERE round > ?", (round,))
         self._write_csv([_row(record) for record in self.history()], append=False)
 
-    def save_model(self, federation: Federation, name: str) -> None:
+    def save_model(self, federation: Federation, state: ServerState, name: str) -> None:
         """Write the global model as ``name.safetensors``, whose metadata says which of its tensors are trained."""
-        tensors: Mapping[str, Tensor] = federation.model().state_dict()
-        state = federation.snapshot.state
+        tensors: Mapping[str, Tensor] = federation.model(state).state_dict()
         metadata = {"format": "pt", "trained": json.dumps([*state.layout.names, *state.buffers])}
         partial = self.path / f"{name}.partial"
         save_file({key: value.clone() for key, value in tensors.items()}, partial, metadata)

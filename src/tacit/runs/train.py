@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tacit.errors import DataError
+from tacit.federated.algorithm import ServerState
 from tacit.federated.evaluation import best_round
 from tacit.federated.history import RoundRecord
 from tacit.runs import checkpoint, config
@@ -16,6 +17,7 @@ from tacit.runs.folder import RunFolder
 from tacit.runs.seat import NAME as SEAT
 from tacit.runs.seat import Seat
 from tacit.runs.tensorboard import Logs, NoLogs
+from tacit.runtimes.federation import Federation
 
 if TYPE_CHECKING:
     from tacit.runtimes.flower.board import Board
@@ -102,21 +104,29 @@ def _continue(folder: RunFolder, experiment: Experiment, on_round: OnRound | Non
             raise DataError(
                 f"{folder.path} has a snapshot of round {federation.round} but a history of {len(history)} rounds"
             )
+        best: list[ServerState] = []
 
         def keep(record: RoundRecord) -> None:
             folder.append(record)
             logs.add(record)
             if best_round(history) is record:
-                folder.save_model(federation, "best")
+                best[:] = [federation.snapshot.state]
             if record.round % experiment.checkpoint_every == 0:
-                checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
+                _save(folder, federation, best)
             if on_round is not None:
                 on_round(record, experiment)
 
         experiment.train(federation, history, keep)
-        checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
-        folder.save_model(federation, "model")
+        _save(folder, federation, best)
+        folder.save_model(federation, federation.snapshot.state, "model")
     return Outcome(experiment, tuple(history), experiment.stop.reason(history))
+
+
+def _save(folder: RunFolder, federation: Federation, best: list[ServerState]) -> None:
+    """Write the snapshot, and the best model if it is one since the last; so a round that is forgotten leaves none."""
+    while best:
+        folder.save_model(federation, best.pop(), "best")
+    checkpoint.save(folder.snapshot, federation.snapshot, folder.identity)
 
 
 def _logs(folder: RunFolder, experiment: Experiment) -> Logs | NoLogs:

@@ -138,10 +138,10 @@ class Federation:
         """How many rounds have been completed."""
         return self._snapshot.state.round
 
-    def model(self) -> nn.Module:
-        """A new copy of the global model as it is now."""
+    def model(self, state: ServerState | None = None) -> nn.Module:
+        """A new copy of the global model as it is now, or as it was in a state."""
         model = copy.deepcopy(self._model)
-        self._snapshot.state.load_into(model)
+        (state or self._snapshot.state).load_into(model)
         return model
 
     def evaluate(self, examples: Examples | None) -> tuple[float | None, float | None]:
