@@ -2,13 +2,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo hospitals test check fmt test-slow clean
+.PHONY: demo serve-demo hospitals test check fmt test-slow clean
 
 demo: $(INSTALLED)  ## train federatedly on digits, test an encrypted model on encrypted images, write report.html
 	$(BIN)/tacit demo --report report.html
 
 hospitals: $(INSTALLED)  ## four hospitals train together in processes of their own; needs TACIT_DATA; writes hospitals.html
 	$(BIN)/tacit hospitals --report hospitals.html
+
+serve-demo: $(INSTALLED)  ## alice, bob and the provider as three processes, a pushed model, 100 predictions by ten clients at once
+	$(BIN)/tacit up --demo
 
 test: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"

@@ -111,6 +111,7 @@ def test_a_cancelled_request_leaves_nothing_behind(service: LocalService) -> Non
     until(lambda: "tacit_queue_requests 0.0" in fetched(service, "alice", "/metrics")[1])
 
 
+@pytest.mark.slow
 def test_owners_have_models_listed_pulled_unloaded_and_deleted(service: LocalService) -> None:
     rival, ours = service.key("rival"), service.key("owner")
     with Owner(service.cluster, rival) as owner:
@@ -163,6 +164,7 @@ def test_health_readiness_and_metrics(service: LocalService) -> None:
         assert line in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("party", ["alice", "bob", "provider"])
 def test_a_party_stops_in_good_order_and_comes_back(service: LocalService, party: str) -> None:
     assert service.stop(party, signal.SIGTERM) == 0

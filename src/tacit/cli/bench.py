@@ -13,8 +13,10 @@ from tacit.bench.inference import Inference, measure_inference
 from tacit.bench.measuring import Profile
 from tacit.bench.nets import NETS
 from tacit.bench.secure_sum import PROTOCOLS, measure_secure_sum
+from tacit.bench.serving import Settings, measure_serving
 from tacit.bench.training import NETS as TRAINED
 from tacit.bench.training import Training, measure_training
+from tacit.errors import InputError
 
 app = typer.Typer(help="Measure tacit on this machine.", no_args_is_help=True)
 
@@ -128,6 +130,48 @@ def federated(
     )
     if as_json:
         print(json.dumps(result.as_dict()))
+
+
+@app.command()
+def serving(
+    net: Annotated[str, typer.Option(help=f"One of {', '.join(NETS)}.")] = "lenet",
+    clients: Annotated[str, typer.Option(help="How many ask at once, one level after another.")] = "1,8,64",
+    seconds: Annotated[float, typer.Option(help="How long each level lasts.")] = 20.0,
+    workers: Annotated[int, typer.Option(help="Worker processes at each party.")] = 1,
+    batch_sizes: Annotated[str, typer.Option(help="Planned batch sizes.")] = "1,8,64",
+    disk_gb: Annotated[float, typer.Option(help="What bob's pool may take of the disk, in 10^9 bytes.")] = 8.0,
+    refill: Annotated[bool, typer.Option("--refill", help="Have the provider deal while clients ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """alice, bob and the provider as services over TLS, asked by many clients at once."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    settings = Settings(net, _numbers(clients), seconds, workers, _numbers(batch_sizes), disk_gb, refill)
+    with console.status("") as status:
+        result = measure_serving(settings, lambda text: status.update(text))
+    console.print(
+        f"{result.net}: one client alone {result.alone_p50_ms:.3g} ms (p99 {result.alone_p99_ms:.3g}), the bare engine "
+        f"{result.bare_ms:.3g} ms: {result.over_bare:.2f} times."
+    )
+    for level in result.levels:
+        errors = ", ".join(f"{count} {name}" for name, count in level.errors.items()) or "no errors"
+        console.print(
+            f"{level.clients} clients: {level.requests_per_s:.0f} predictions a second, p50 {level.p50_ms:.3g} ms, p99 "
+            f"{level.p99_ms:.3g} ms, {level.batch_mean:.1f} a batch, {errors}, {level.wrong} wrong; core ms each: "
+            + ", ".join(f"{name} {value:.2g}" for name, value in sorted(level.cpu_ms.items()))
+        )
+    console.print(
+        f"Pools: {result.pool_bytes / 1e9:.2f} GB, refilled at {result.refill_rows_per_s:.0f} inputs a second. Memory: "
+        + ", ".join(f"{name} {first:.0f} → {last:.0f} MB" for name, (first, last) in sorted(result.rss_mb.items()))
+    )
+    if as_json:
+        print(json.dumps(result.as_dict()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise InputError(f"{text!r}: give numbers such as 1,8,64") from None
 
 
 def _milliseconds(result: Inference | Training) -> dict[str, str]:

@@ -9,11 +9,13 @@ import typer
 from rich.console import Console
 
 from tacit import __version__
-from tacit.cli import bench, keys, site
+from tacit.cli import bench, keys, model, site
 from tacit.cli.audit import audit
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
 from tacit.cli.hospitals import hospitals
+from tacit.cli.party import party, provider, up
+from tacit.cli.predict import predict
 from tacit.cli.train import resume, runs, train
 from tacit.errors import TacitError
 
@@ -29,6 +31,11 @@ app.command()(resume)
 app.command()(hospitals)
 app.command()(audit)
 app.command()(cost)
+app.command()(party)
+app.command()(provider)
+app.command()(up)
+app.command()(predict)
+app.add_typer(model.app, name="model")
 app.add_typer(runs, name="runs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(site.app, name="site")

@@ -1,0 +1,354 @@
+"""The service on one machine under load: clients that ask, wait for the answer, and ask again, over TLS.
+
+Before anything is measured, the parties' pools are filled; how fast that goes is the *refill rate*. Unless told
+otherwise the provider then rests while clients ask, as if it had a machine of its own: what it takes to deal is
+measured apart (`tacit bench inference`). The latency of a single request is that of one client which pauses after each
+answer, so that the workers have made the next ticket ready, and is compared with the engine's bare time of the same
+run: three processes over plain TCP, without a service around them, medians taken before and after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import os
+import re
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tacit.bench.inference import measure_inference
+from tacit.bench.measuring import inputs_of, versions
+from tacit.bench.nets import build
+from tacit.errors import InputError, PeerError
+from tacit.identity import key_text
+from tacit.party import push
+from tacit.party.client import Client
+from tacit.party.closed_loop import Asked, ask_on, per_second, quantile
+from tacit.party.cluster_file import ALICE, BOB, PARTIES, PROVIDER, Pools, Serving
+from tacit.party.local import LocalService, prepare
+from tacit.party.owning import Owner
+
+MODEL = "benched"
+_ALONE = 200
+_PAUSE_S = 0.03
+_BARE_REPEATS = 40
+_FILLING_S = 600.0
+_TOLERANCE = 5e-3
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Level:
+    """What so many clients at once get.
+
+    Args:
+        clients: each of them with an identity and a session of its own.
+        requests_per_s: answers a second; each request has one input.
+        p50_ms, p99_ms: latencies that half, and 99 in 100, of the requests did not exceed.
+        batch_mean: requests in a batch, on average.
+        errors: requests that failed, by what they failed with.
+        wrong: answers that are not what the model gives in the clear.
+        cpu_ms: milliseconds of one core that each process took for an answer.
+    """
+
+    clients: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    batch_mean: float
+    errors: dict[str, int]
+    wrong: int
+    cpu_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ServingResult:
+    """The figures of one benchmark.
+
+    Args:
+        net: the network.
+        batch_sizes: planned sizes.
+        workers: worker processes at each party.
+        bare_ms: the engine's median online time for one input, without a service around it.
+        alone_p50_ms, alone_p99_ms: of a client that pauses after each answer.
+        over_bare: the former over the engine's.
+        levels: by how many clients ask at once.
+        refill_rows_per_s: inputs for which tickets were dealt in a second, while the pools were filled.
+        pool_bytes: what bob's pool took once it was full.
+        rss_mb: resident memory of each process when the first level began, and when the last had ended.
+        versions: of what computes.
+    """
+
+    net: str
+    batch_sizes: tuple[int, ...]
+    workers: int
+    bare_ms: float
+    alone_p50_ms: float
+    alone_p99_ms: float
+    over_bare: float
+    levels: tuple[Level, ...]
+    refill_rows_per_s: float
+    pool_bytes: int
+    rss_mb: dict[str, tuple[float, float]]
+    versions: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Args:
+        net: one of `tacit.bench.nets.NETS`.
+        clients: how many ask at once, one level after another.
+        seconds: how long each level lasts.
+        workers: worker processes at each party.
+        batch_sizes: planned sizes.
+        disk_gb: what bob's pool may take.
+        refill: whether the provider deals while clients ask.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    net: str = "lenet"
+    clients: tuple[int, ...] = (1, 8, 64)
+    seconds: float = 20.0
+    workers: int = 1
+    batch_sizes: tuple[int, ...] = (1, 8, 64)
+    disk_gb: float = 8.0
+    refill: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.clients or min(self.clients) < 1:
+            raise InputError(f"clients {self.clients}: give one number or more, each of them 1 or more")
+        if self.seconds <= 0 or self.disk_gb <= 0 or self.workers < 1:
+            raise InputError("seconds, disk and workers must be above 0")
+
+
+def measure_serving(settings: Settings, progress: Progress = lambda text: None) -> ServingResult:
+    """Measure the service; see the module.
+
+    Raises:
+        InputError: there is no such network.
+        PeerError: a process did not start, or failed.
+    """
+    model, item_shape = build(settings.net)
+    items = [inputs_of((1, *item_shape), number) for number in range(32)]
+    bare = [_bare(settings.net, progress)]
+    with tempfile.TemporaryDirectory(prefix="tacit-bench-") as place:
+        folder = Path(place)
+        names = [f"client-{number}" for number in range(max(settings.clients))]
+        serving = Serving(batch_sizes=settings.batch_sizes, workers=settings.workers)
+        # As many tickets of every size as the disk takes: the largest size decides.
+        prepare(folder, clients=names, serving=serving, pools=Pools(disk_gb=settings.disk_gb, ahead=1 << 16))
+        progress("starting alice, bob and the provider")
+        with LocalService(folder) as service:
+            service.wait_ready()
+            bench = _Bench(service, settings, model, items, progress)
+            refill = bench.push()
+            alone = bench.alone()
+            before, levels = bench.memory(), tuple(bench.level(count) for count in settings.clients)
+            after, pool_bytes = bench.memory(), bench.pool_bytes
+    bare.append(_bare(settings.net, progress))
+    bare_ms, p50 = 1000 * statistics.median(bare), 1000 * quantile(alone, 0.5)
+    return ServingResult(
+        settings.net,
+        settings.batch_sizes,
+        settings.workers,
+        bare_ms,
+        p50,
+        1000 * quantile(alone, 0.99),
+        p50 / bare_ms,
+        levels,
+        refill,
+        pool_bytes,
+        {name: (before[name], after[name]) for name in before.keys() & after.keys()},
+        versions(),
+    )
+
+
+class _Bench:
+    """A service that runs, and the clients that ask it."""
+
+    def __init__(
+        self, service: LocalService, settings: Settings, model: nn.Module, items: Sequence[Tensor], progress: Progress
+    ) -> None:
+        self._service, self._settings, self._progress = service, settings, progress
+        self._model, self._items = model, items
+        self._expected = [model(item).detach() for item in items]
+        self.pool_bytes = 0
+
+    def push(self) -> float:
+        """Push the model and fill the pools; inputs for which tickets were dealt in a second."""
+        self._progress("pushing the model")
+        cluster, identity = self._service.cluster, self._service.key("owner")
+        prepared = push.prepare(
+            self._model, [self._items[0]], name=MODEL, owner=key_text(identity.public),
+            batch_sizes=self._settings.batch_sizes,
+        )  # fmt: skip
+        with Owner(cluster, identity) as owner:
+            owner.push(prepared)
+        return self._fill()
+
+    def alone(self) -> list[Asked]:
+        """One client that pauses after each answer."""
+        self._progress("one client that pauses")
+        with self._resting_provider():
+            return self._ask(1, lambda sent: sent < _ALONE, _PAUSE_S)
+
+    def level(self, count: int) -> Level:
+        """So many clients that do not pause."""
+        self._fill()
+        self._progress(f"{count} clients for {self._settings.seconds:g} s")
+        with self._resting_provider():
+            before, cpu = _counters(self._service), self._cpu()
+            until = time.perf_counter() + self._settings.seconds
+            asked = self._ask(count, lambda sent: time.perf_counter() < until)
+            after, spent = _counters(self._service), self._cpu()
+        answered = [one for one in asked if one.output is not None]
+        batches = after["tacit_batches_total"] - before["tacit_batches_total"]
+        rows = after["tacit_rows_total"] - before["tacit_rows_total"]
+        errors: dict[str, int] = {}
+        for one in asked:
+            if one.error:
+                errors[one.error] = errors.get(one.error, 0) + 1
+        return Level(
+            count,
+            per_second(asked),
+            1000 * quantile(asked, 0.5),
+            1000 * quantile(asked, 0.99),
+            rows / batches if batches else 0.0,
+            errors,
+            sum(not self._right(one) for one in answered),
+            {name: 1000 * (spent[name] - cpu[name]) / max(1, len(answered)) for name in cpu.keys() & spent.keys()},
+        )
+
+    def memory(self) -> dict[str, float]:
+        """Resident memory of every process, in MB."""
+        return {name: _resident_mb(pid) for name, pid in self._processes().items()}
+
+    def _right(self, one: Asked) -> bool:
+        return one.output is not None and bool(
+            (one.output - self._expected[one.item]).abs().max()
+            <= _TOLERANCE * (1 + self._expected[one.item].abs().max())
+        )
+
+    def _ask(self, count: int, go_on: Callable[[int], bool], pause_s: float = 0.0) -> list[Asked]:
+        async def asking() -> list[Asked]:
+            keys = [self._service.key(f"client-{number}") for number in range(count)]
+            clients = [Client(self._service.cluster, key) for key in keys]
+            try:
+                for client in clients:  # whoever is new is not counted upon, and not measured
+                    await client.ask(MODEL, self._items[0])
+                return await ask_on(clients, MODEL, self._items, go_on, pause_s)
+            finally:
+                for client in clients:
+                    await client.close()
+
+        return asyncio.run(asking())
+
+    def _fill(self) -> float:
+        """Wait until the pools are full; inputs for which tickets came in a second, 0 if they were full."""
+        began, deadline = time.perf_counter(), time.monotonic() + _FILLING_S
+        first = seen = self._rows()
+        grown_at = began
+        while time.perf_counter() - grown_at < 3.0 or not seen:
+            if time.monotonic() > deadline:
+                raise PeerError("the pools were not filled in time: see the logs of bob and the provider")
+            time.sleep(0.2)
+            rows = self._rows()
+            self._progress(f"filling the pools: tickets for {rows:,} inputs")
+            if rows > seen:
+                seen, grown_at = rows, time.perf_counter()
+        self.pool_bytes = max(self.pool_bytes, int(_counters(self._service, BOB)["tacit_pool_bytes"]))
+        return (seen - first) / (grown_at - began) if grown_at > began else 0.0
+
+    def _rows(self) -> int:
+        """Inputs for which alice has tickets on her disk."""
+        text = _metrics(self._service, ALICE)
+        found = re.findall(r'tacit_pool_tickets\{batch="(\d+)",model="' + MODEL + r'"\} ([\d.e+]+)', text)
+        return sum(int(size) * int(float(count)) for size, count in found)
+
+    @contextlib.contextmanager
+    def _resting_provider(self) -> Iterator[None]:
+        if self._settings.refill:
+            yield
+            return
+        os.kill(self._service.pid(PROVIDER), signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._service.pid(PROVIDER), signal.SIGCONT)
+
+    def _processes(self) -> dict[str, int]:
+        found = {name: self._service.pid(name) for name in PARTIES}
+        for name in (ALICE, BOB):
+            children = Path(f"/proc/{found[name]}/task/{found[name]}/children")
+            if children.exists():
+                pids = map(int, children.read_text().split())
+                found |= {f"{name}'s worker {number}": pid for number, pid in enumerate(sorted(pids))}
+        return found
+
+    def _cpu(self) -> dict[str, float]:
+        """Seconds of one core that every process has taken, this one included."""
+        found = {name: _cpu_seconds(pid) for name, pid in self._processes().items()}
+        return found | {"clients": time.process_time()}
+
+
+def _bare(net: str, progress: Progress) -> float:
+    """The engine's median online time for one input."""
+    return measure_inference(net, 1, _BARE_REPEATS, lambda text: progress(f"the bare engine: {text}")).online_s
+
+
+def _metrics(service: LocalService, party: str) -> str:
+    address = service.cluster.party(party).http_at
+    if address is None:
+        raise InputError(f"{party} shows no metrics")
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=30.0)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    except (OSError, http.client.HTTPException) as error:
+        raise PeerError(f"{party} does not show its metrics: {error}") from None
+    finally:
+        connection.close()
+
+
+def _counters(service: LocalService, party: str = ALICE) -> Mapping[str, float]:
+    """The metrics, those of all labels added."""
+    found: dict[str, float] = {}
+    for line in _metrics(service, party).splitlines():
+        name, _, value = line.rpartition(" ")
+        if name and not line.startswith("#"):
+            plain = name.partition("{")[0]
+            found[plain] = found.get(plain, 0.0) + float(value)
+    return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident_mb(pid: int) -> float:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
