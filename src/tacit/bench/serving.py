@@ -42,6 +42,8 @@ _ALONE = 200
 _PAUSE_S = 0.03
 _BARE_REPEATS = 40
 _FILLING_S = 600.0
+_FULL = 0.8
+"""Of the disk that the pools may take, from which on they count as full."""
 _TOLERANCE = 5e-3
 Progress = Callable[[str], None]
 
@@ -263,18 +265,14 @@ class _Bench:
     def _fill(self) -> float:
         """Wait until the pools are full; inputs for which tickets came in a second, 0 if they were full."""
         began, deadline = time.perf_counter(), time.monotonic() + _FILLING_S
-        first = seen = self._rows()
-        grown_at = began
-        while time.perf_counter() - grown_at < 3.0 or not seen:
+        first = rows = self._rows()
+        while (held := int(_counters(self._service, BOB)["tacit_pool_bytes"])) < _FULL * self._settings.disk_gb * 1e9:
             if time.monotonic() > deadline:
                 raise PeerError("the pools were not filled in time: see the logs of bob and the provider")
             time.sleep(0.2)
-            rows = self._rows()
-            self._progress(f"filling the pools: tickets for {rows:,} inputs")
-            if rows > seen:
-                seen, grown_at = rows, time.perf_counter()
-        self.pool_bytes = max(self.pool_bytes, int(_counters(self._service, BOB)["tacit_pool_bytes"]))
-        return (seen - first) / (grown_at - began) if grown_at > began else 0.0
+            self._progress(f"filling the pools: tickets for {self._rows():,} inputs")
+        self.pool_bytes, rows, seconds = max(self.pool_bytes, held), self._rows(), time.perf_counter() - began
+        return (rows - first) / seconds if rows > first else 0.0
 
     def _rows(self) -> int:
         """Inputs for which alice has tickets on her disk."""
