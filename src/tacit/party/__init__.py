@@ -1,4 +1,4 @@
-"""The processes alice, bob and provider: the protocols of `tacit.mpc` over links, and encrypted prediction as a service.
+"""The processes alice, bob and provider: the protocols of `tacit.mpc` over links, and prediction as a service.
 
 Where to begin, by what you want to understand::
 
