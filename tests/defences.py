@@ -51,7 +51,7 @@ DEFENCES = (
         "different survivors told to different clients",
         SURVIVORS + "test_different_survivor_sets_are_noticed_before_any_share_is_released",
         CLIENT,
-        "if not verify(self._invite.identities[signer], self._context, content, signature):",
+        "if not self._verify(self._invite.identities[signer], self._context, content, signature):",
         "if False:",
     ),
     _of(
@@ -112,7 +112,7 @@ DEFENCES = (
             KEYS + "test_keys_of_an_earlier_round",
         ),
         CLIENT,
-        "if not verify(self._invite.identities[client], self._context, messages.encode(advert), signature):",
+        "if not self._verify(self._invite.identities[client], self._context, messages.encode(advert), signature):",
         "if False:",
     ),
     _of(
@@ -237,8 +237,8 @@ DEFENCES = (
             WAY + "test_every_flipped_bit_of_an_answer_is_refused",
         ),
         SERVER,
-        "        if not verify(self._invite.identities[sender], self._context, envelope.content, envelope.signature):",
-        "        if False:",
+        "if not self._verify(self._invite.identities[sender], self._context, envelope.content, envelope.signature):",
+        "if False:",
     ),
     _of(
         "a message sent twice to the server",

@@ -281,9 +281,22 @@ def test_the_benchmark_counts_every_process(dp):
     assert json.dumps(result.as_dict())
 
 
+def test_the_benchmark_times_a_secure_sum_beside_the_same_rounds_without():
+    result = measure_federated("2nn", 8, 5, 10, 2, secure_sum="masked", examples=12)
+    assert result.secure_sum == "masked"
+    assert result.examples_per_client == 12
+    assert result.secure_cpu_s_per_round > 0
+    added = result.secure_cpu_s_per_round - result.cpu_s_per_round
+    assert result.secure_overhead == pytest.approx(added / result.cpu_s_per_round)
+    assert result.secure_over_plain_loop == pytest.approx(added / result.plain_loop_cpu_s)
+    assert json.dumps(result.as_dict())
+
+
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
+        ({"secure_sum": "x"}, "none, masked, shared"),
+        ({"examples": 0}, "at least 1"),
         ({"model": "3nn"}, "2nn, cnn"),
         ({"cohort": 31}, "between 1 and"),
         ({"rounds": 0}, "at least 1"),

@@ -10,6 +10,7 @@ import pytest
 
 from secure_sums import STAGES, World, prg, require_exact, run
 from tacit.errors import CodecError, InputError, PeerError
+from tacit.federated.secure_sum.agreement import sign, verifying_once
 from tacit.federated.secure_sum.attestation import Attestation
 from tacit.federated.secure_sum.client import MaskedClient, Policy, State, Task
 from tacit.federated.secure_sum.interface import PlainSum
@@ -149,6 +150,19 @@ class TestInterface:
     def test_the_plain_sum_has_a_cohort(self, cohort: list[int]) -> None:
         with pytest.raises(InputError, match="cohort"):
             PlainSum().sum(Ring(8), 1, cohort, World(4).vector)
+
+
+def test_simulated_clients_check_each_signature_once_and_all_of_them() -> None:
+    known = verifying_once()
+    world = World(4)
+    context, signer = world.invite.context, world.identity(0)
+    signature = sign(signer, context, b"content")
+    for _ in range(2):
+        assert known(signer.public, context, b"content", signature)
+        assert not known(signer.public, context, b"other", signature)
+        assert not known(world.identity(1).public, context, b"content", signature)
+        assert not known(signer.public, bytes(32), b"content", signature)
+        assert not known(signer.public, context, b"content", bytes(64))
 
 
 class TestOnce:

@@ -35,13 +35,16 @@ from tacit.federated.local.dp_sgd import DpSgdSolver
 from tacit.federated.local.traced import solver_for
 from tacit.federated.local.work import LocalSolver
 from tacit.federated.models import cnn, two_nn
+from tacit.federated.secure_sum.mean import SecureMean
 from tacit.federated.selection import Uniform
 from tacit.runtimes.executors import one_thread
 from tacit.runtimes.federation import Federation
 from tacit.runtimes.forked import Forked, forked
+from tacit.runtimes.simulation import sum_protocol
 
 MODELS: dict[str, Callable[[], nn.Sequential]] = {"2nn": two_nn, "cnn": cnn}
 PRIVACY = ("none", "record", "client")
+SUMS = ("none", "masked", "shared")
 EXAMPLES_PER_CLIENT = 60
 LR = 0.05
 CENTRAL_BATCH = 600
@@ -66,12 +69,17 @@ class Simulation:
         peak_rss_mb: of this process before anything else was measured, and of the largest other one, together.
         solver: how clients trained: ``traced``, or why not.
         executor: ``forked``, or why not.
+        secure_sum: how the updates of the same rounds were summed once more.
+        secure_cpu_s_per_round: of a round with that sum, as ``cpu_s_per_round`` is of one without.
+        secure_overhead: what the sum adds, over the round without it.
+        secure_over_plain_loop: what the sum adds, over ``plain_loop_cpu_s``.
     """
 
     model: str
     clients: int
     cohort: int
     batch_size: int
+    examples_per_client: int
     rounds: int
     dp: str
     processes: int
@@ -86,6 +94,10 @@ class Simulation:
     solver: str
     executor: str
     versions: dict[str, str]
+    secure_sum: str = "none"
+    secure_cpu_s_per_round: float | None = None
+    secure_overhead: float | None = None
+    secure_over_plain_loop: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The figures for ``--json``."""
@@ -100,9 +112,11 @@ def measure_federated(
     rounds: int,
     dp: str = "none",
     processes: int = 1,
+    secure_sum: str = "none",
+    examples: int = EXAMPLES_PER_CLIENT,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Simulation:
-    """Run the benchmark: FedAvg, one epoch, clients of `EXAMPLES_PER_CLIENT` examples.
+    """Run the benchmark: FedAvg, one epoch.
 
     Args:
         model: one of `MODELS`.
@@ -112,24 +126,33 @@ def measure_federated(
         rounds: measured, after one that warms up.
         dp: one of `PRIVACY`: DP-SGD at the clients, or clipping and noise over them.
         processes: that train clients.
+        secure_sum: one of `SUMS`; other than ``"none"``, every round is run once more with that sum.
+        examples: of each client.
         progress: told what happens next.
 
     Raises:
-        InputError: no such model or privacy, or a count is out of range.
+        InputError: no such model, privacy or sum, or a count is out of range.
     """
     if model not in MODELS:
         raise InputError(f"model {model!r}: choose one of {', '.join(MODELS)}")
     if dp not in PRIVACY:
         raise InputError(f"dp {dp!r}: choose one of {', '.join(PRIVACY)}")
-    for name, value in (("batch_size", batch_size), ("rounds", rounds), ("processes", processes)):
+    if secure_sum not in SUMS:
+        raise InputError(f"secure_sum {secure_sum!r}: choose one of {', '.join(SUMS)}")
+    for name, value in (
+        ("batch_size", batch_size),
+        ("rounds", rounds),
+        ("processes", processes),
+        ("examples", examples),
+    ):
         if value < 1:
             raise InputError(f"{name} is {value}: it must be at least 1")
     if not 1 <= cohort <= clients:
         raise InputError(f"cohort is {cohort}: choose between 1 and the number of clients, {clients}")
     progress("lay out the clients' examples")
-    views = views_of(clients)
+    views = views_of(clients, examples)
     with one_thread():
-        return _measure(model, views, cohort, batch_size, rounds, dp, processes, progress)
+        return _measure(model, views, cohort, batch_size, rounds, dp, processes, secure_sum, progress)
 
 
 def _measure(
@@ -140,6 +163,7 @@ def _measure(
     rounds: int,
     dp: str,
     processes: int,
+    secure_sum: str,
     progress: Callable[[str], None],
 ) -> Simulation:
     model = MODELS[name]()
@@ -158,22 +182,31 @@ def _measure(
         algorithm = CentralPrivacy(algorithm, _CLIP, _NOISE, cohort)
     executor, serial_because = forked(solver, views, processes)
     with closing(executor):
-        federation = Federation(model, executor, views.sizes(), algorithm=algorithm, selection=Uniform(cohort))
+        selection, sizes = Uniform(cohort), views.sizes()
+        federation = Federation(model, executor, sizes, algorithm=algorithm, selection=selection)
         federation.advance()
         startup_s = time.perf_counter() - began
         pids = executor.pids if isinstance(executor, Forked) else ()
+        secure = None
+        if secure_sum != "none":
+            mean = SecureMean(sum_protocol("masked" if secure_sum == "masked" else "shared", sizes, selection))
+            secure = Federation(model, executor, sizes, algorithm=algorithm, selection=selection, secure_mean=mean)
+            secure.advance()
         loop, own, plain = PlainLoop(MODELS[name](), batch_size), list[tuple[float, float]](), list[float]()
+        summed = list[float]()
         peak_rss_mb = peak_rss() / 2**20
         for number in range(rounds):
             progress(f"round {number + 1} of {rounds}")
-            own.append(_timed(lambda: federation.advance(), pids))
+            own.append(_timed(federation.advance, pids))
+            if secure is not None:
+                summed.append(_timed(secure.advance, pids)[0])
             some = [views[client] for client in range(cohort * number, cohort * (number + 1)) if client < len(views)]
             some = some if len(some) == cohort else [views[client] for client in range(cohort)]
             plain.append(_timed(lambda some=some: loop.round(some), ())[0])  # type: ignore[misc]
         # Pages that processes share with this one are counted once, in this one.
         peak_rss_mb += sum(private_bytes(pid) for pid in pids) / 2**20
     progress("central training")
-    everything = views.examples.subset(torch.arange(cohort * EXAMPLES_PER_CLIENT) % len(views.examples))
+    everything = views.examples.subset(torch.arange(cohort * len(views[0])) % len(views.examples))
     central = PlainLoop(MODELS[name](), CENTRAL_BATCH)
     limit = statistics.median(_timed(lambda: central.epoch(everything), ())[0] for _ in range(max(3, rounds)))
     cpu_s = statistics.median(cpu for cpu, _ in own)
@@ -184,6 +217,7 @@ def _measure(
         clients=len(views),
         cohort=cohort,
         batch_size=batch_size,
+        examples_per_client=len(views[0]),
         rounds=rounds,
         dp=dp,
         processes=max(1, len(pids)),
@@ -198,23 +232,27 @@ def _measure(
         solver=plain_because or "traced",
         executor=serial_because or "forked",
         versions=versions(),
+        secure_sum=secure_sum,
+        secure_cpu_s_per_round=statistics.median(summed) if summed else None,
+        secure_overhead=statistics.median(summed) / cpu_s - 1 if summed else None,
+        secure_over_plain_loop=(statistics.median(summed) - cpu_s) / plain_s if summed else None,
     )
 
 
-def views_of(clients: int) -> ClientViews:
-    """Clients of `EXAMPLES_PER_CLIENT` images: MNIST's where ``TACIT_DATA`` says so, noise of its shape elsewhere."""
-    count = min(60_000, clients * EXAMPLES_PER_CLIENT)
+def views_of(clients: int, examples_each: int = EXAMPLES_PER_CLIENT) -> ClientViews:
+    """Clients of so many images each: MNIST's where ``TACIT_DATA`` says so, noise of its shape elsewhere."""
+    count = min(60_000, clients * examples_each)
     generator = generator_for(0, "benchmark")
     if os.environ.get("TACIT_DATA"):
         examples = load_mnist().train
     else:
         images = torch.empty(count, 1, 28, 28).uniform_(generator=generator)
         examples = Examples(images, torch.empty(count, dtype=torch.int64).random_(10, generator=generator))
-    total = clients * EXAMPLES_PER_CLIENT
+    total = clients * examples_each
     indices = torch.empty(total, dtype=torch.int32).random_(len(examples), generator=generator)
     if total <= len(examples):
         indices = torch.arange(total, dtype=torch.int32)
-    return ClientViews.of_sizes(examples, indices, torch.full((clients,), EXAMPLES_PER_CLIENT))
+    return ClientViews.of_sizes(examples, indices, torch.full((clients,), examples_each))
 
 
 def first_batch(examples: Examples, size: int) -> Examples:

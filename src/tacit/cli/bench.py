@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tacit.bench.federated import EXAMPLES_PER_CLIENT, MODELS, PRIVACY, measure_federated
+from tacit.bench.federated import EXAMPLES_PER_CLIENT, MODELS, PRIVACY, SUMS, measure_federated
 from tacit.bench.inference import Inference, measure_inference
 from tacit.bench.measuring import Profile
 from tacit.bench.nets import NETS
@@ -104,19 +104,30 @@ def secure_sum(
 @app.command()
 def federated(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "2nn",
-    clients: Annotated[int, typer.Option(help=f"Clients of {EXAMPLES_PER_CLIENT} images each.")] = 1000,
+    clients: Annotated[int, typer.Option(help="Clients in all.")] = 1000,
+    examples: Annotated[int, typer.Option(help="Images of each client.")] = EXAMPLES_PER_CLIENT,
     cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 10,
     rounds: Annotated[int, typer.Option(help="Measured rounds, after one that warms up.")] = 10,
     dp: Annotated[str, typer.Option(help=f"Differential privacy, one of {', '.join(PRIVACY)}.")] = "none",
     processes: Annotated[int, typer.Option(help="Processes that train clients.")] = 1,
+    secure_sum: Annotated[str, typer.Option(help=f"Take the sum securely too, one of {', '.join(SUMS)}.")] = "none",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Simulated federated averaging, beside a plain PyTorch loop."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with console.status("") as status:
         result = measure_federated(
-            model, clients, cohort, batch_size, rounds, dp, processes, lambda text: status.update(text)
+            model,
+            clients,
+            cohort,
+            batch_size,
+            rounds,
+            dp,
+            processes,
+            secure_sum,
+            examples,
+            lambda text: status.update(text),
         )
     console.print(
         f"{result.model}, {result.cohort} of {result.clients:,} clients, batches of {result.batch_size}: a round takes "
@@ -128,6 +139,12 @@ def federated(
         f"first round after {result.startup_s:.2f} s; {result.peak_rss_mb:,.0f} MB. "
         f"Solver: {result.solver}. Executor: {result.executor}."
     )
+    if result.secure_cpu_s_per_round is not None:
+        console.print(
+            f"With a {result.secure_sum} sum a round takes {result.secure_cpu_s_per_round:.4f} s of CPU: "
+            f"on top, {result.secure_overhead:.2f} times the training, or "
+            f"{result.secure_over_plain_loop:.2f} times the plain loop."
+        )
     if as_json:
         print(json.dumps(result.as_dict()))
 

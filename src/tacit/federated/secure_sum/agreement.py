@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NoReturn
 
 from cryptography.exceptions import InvalidTag
@@ -46,6 +48,15 @@ def verify(public: bytes, context: bytes, content: bytes, signature: bytes) -> b
     return identity.verify(public, _SIGNED, context + content, signature)
 
 
+Verify = Callable[[bytes, bytes, bytes, bytes], bool]
+"""What `verify` does."""
+
+
+def verifying_once() -> Verify:
+    """A `verify` that remembers what it found: simulated clients, in one process, all check the same signatures."""
+    return lru_cache(maxsize=None)(verify)
+
+
 class KeyPair:
     """An ephemeral X25519 key pair of one client and one round.
 
@@ -60,6 +71,7 @@ class KeyPair:
         scalar[31] = (scalar[31] & 127) | 64
         self._number = int.from_bytes(scalar, "little")
         self._key = X25519PrivateKey.from_private_bytes(bytes(scalar))
+        self._agreed: dict[bytes, bytes] = {}
         self.public = self._key.public_key().public_bytes_raw()
 
     @classmethod
@@ -76,7 +88,7 @@ class KeyPair:
             raise PeerError(
                 "shares of a masking key reconstruct to something else: a holder sent a wrong one"
             ) from None
-        pair._number = number
+        pair._number, pair._agreed = number, {}
         pair.public = pair._key.public_key().public_bytes_raw()
         return pair
 
@@ -99,9 +111,11 @@ class KeyPair:
             PeerError: the other's key is one with which there is no secret.
         """
         try:
-            secret = self._key.exchange(X25519PublicKey.from_public_bytes(other))
+            # Two clients that hold each other's shares seal in both directions under keys from one secret.
+            secret = self._agreed.get(other) or self._key.exchange(X25519PublicKey.from_public_bytes(other))
         except ValueError:
             raise PeerError(f"client {first} or {second} advertised a key of low order") from None
+        self._agreed[other] = secret
         return _hkdf(secret, size, transcript, purpose + b"\0" + struct.pack("<II", first, second))
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:

@@ -22,6 +22,7 @@ from tacit.federated.secure_sum import messages
 from tacit.federated.secure_sum.agreement import (
     DIGEST_BYTES,
     KeyPair,
+    Verify,
     commitment,
     digest,
     pair_seed,
@@ -129,9 +130,19 @@ class MaskedClient:
         policy: what it insists on.
         task: what it expects to be asked for.
         prg: where its keys, polynomials and choices come from; used by nobody else.
+        verify: checks signatures.
     """
 
-    def __init__(self, identity: Identity, pinned: frozenset[bytes], policy: Policy, task: Task, prg: Prg) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        pinned: frozenset[bytes],
+        policy: Policy,
+        task: Task,
+        prg: Prg,
+        verify: Verify = verify,
+    ) -> None:
+        self._verify = verify
         self._identity, self._pinned, self._policy, self._task = identity, pinned, policy, task
         self._secrets: _Secrets | None = _Secrets(prg)
         self._state = State.NEW
@@ -337,7 +348,7 @@ class MaskedClient:
         mask = messages.bit_mask(self._survivors, len(self._invite.identities))
         for signer, signature in message.signatures:
             content = messages.encode(Confirm(signer, self._transcript, mask))
-            if not verify(self._invite.identities[signer], self._context, content, signature):
+            if not self._verify(self._invite.identities[signer], self._context, content, signature):
                 raise PeerError(
                     f"client {signer} did not confirm these survivors: the server told it of others, or forged"
                 )
@@ -359,7 +370,7 @@ class MaskedClient:
             advert = self._unchecked_advert(client)
             start = self._place[client] * ADVERT_BYTES + 2 * KEY_BYTES
             signature = self._adverts[start : start + SIGNATURE_BYTES]
-            if not verify(self._invite.identities[client], self._context, messages.encode(advert), signature):
+            if not self._verify(self._invite.identities[client], self._context, messages.encode(advert), signature):
                 raise PeerError(f"the keys that the roster lists for client {client} are not signed by it")
             self._verified[client] = advert
         return self._verified[client]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tacit.errors import InputError, PeerError, TooFewUpdates
+from tacit.federated.secure_sum.agreement import verifying_once
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
 from tacit.federated.secure_sum.interface import (
     ABOUT_NOTHING,
@@ -165,10 +166,11 @@ class MaskedSum:
         invite = self.invitation(ring, length, cohort, application)
         pinned = frozenset(identity.public for identity in self.identities)
         task = Task(ring, length, application)
-        clients = [MaskedClient(self.identities[c], pinned, self.policy, task, Prg.fresh()) for c in cohort]
+        verify = verifying_once()
+        clients = [MaskedClient(self.identities[c], pinned, self.policy, task, Prg.fresh(), verify) for c in cohort]
         meter = Meter()
         outcome = run_round(
-            MaskedServer(invite),
+            MaskedServer(invite, verify),
             clients,
             lambda number: vector_of(cohort[number]),
             lambda number, stage: self.lost(cohort[number], stage),

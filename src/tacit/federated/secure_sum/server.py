@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from tacit.errors import PeerError
 from tacit.federated.secure_sum import messages
-from tacit.federated.secure_sum.agreement import KeyPair, commitment, pair_seed, self_seed, verify
+from tacit.federated.secure_sum.agreement import KeyPair, Verify, commitment, pair_seed, self_seed, verify
 from tacit.federated.secure_sum.attestation import Attestation
 from tacit.federated.secure_sum.client import vector_digest
 from tacit.federated.secure_sum.messages import (
@@ -90,12 +90,14 @@ class MaskedServer:
 
     Args:
         invite: the round's settings.
+        verify: checks signatures.
 
     Raises:
         InputError: they contradict each other.
     """
 
-    def __init__(self, invite: Invite) -> None:
+    def __init__(self, invite: Invite, verify: Verify = verify) -> None:
+        self._verify = verify
         messages.check_invite(invite)
         self._invite, self._context = invite, invite.context
         self._stage = Stage.ADVERTISE
@@ -167,7 +169,7 @@ class MaskedServer:
             raise PeerError(f"a message {type(message).__name__} came in stage {self._stage.name}")
         if sender not in self._awaited or sender in self._arrived:
             raise PeerError(f"client {sender} has answered before, is lost, or is not of the cohort")
-        if not verify(self._invite.identities[sender], self._context, envelope.content, envelope.signature):
+        if not self._verify(self._invite.identities[sender], self._context, envelope.content, envelope.signature):
             raise PeerError(
                 f"a message {type(message).__name__} is not signed by client {sender}, or is of another round"
             )
