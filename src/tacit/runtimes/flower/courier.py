@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from tacit.errors import CodecError
@@ -114,6 +115,8 @@ class Courier:
 
 
 def _answer(message: Message) -> bytes | Unanswered:
+    if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
+        return Unanswered("did not answer: its node gives no sign of life any more")
     if message.has_error():
         return Unanswered(message.error.reason or f"failed with Flower's error {message.error.code}")
     try:

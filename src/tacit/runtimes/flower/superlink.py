@@ -152,9 +152,7 @@ class _Grid(HttpGrid):
     """Flower's grid, but one that gives up, and leaves it to its user what to do then."""
 
     def __init__(self, address: LinkAddress, token: str) -> None:
-        certificates = address.root_certificates
-        pem = None if certificates is None else certificates.read_bytes()
-        super().__init__(address.superlink, address.insecure, pem, token=token)
+        super().__init__(*_endpoint(address), token=token)
         # Flower's own waits for ever, and sends its process a signal when the SuperLink refuses.
         self._retry_invoker = RetryInvoker(lambda: exponential(max_delay=5), httpx.TransportError, None, PATIENCE)
 
@@ -177,9 +175,8 @@ class _Grid(HttpGrid):
             self._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
 
 
-def _endpoint(address: LinkAddress) -> tuple[str, bool, str | None]:
-    certificates = address.root_certificates
-    return address.superlink, address.insecure, None if certificates is None else str(certificates)
+def _endpoint(address: LinkAddress) -> tuple[str, bool, bytes | None]:
+    return address.superlink, address.insecure, address.authorities()
 
 
 def _start(control: ControlHttpClient) -> int:

@@ -85,6 +85,10 @@ class LinkAddress:
         if self.root_certificates is not None and not self.root_certificates.is_file():
             raise InputError(f"{self.root_certificates} is not a file of certificates")
 
+    def authorities(self) -> bytes | None:
+        """The certificates in the file; ``None`` for those that the system trusts."""
+        return None if self.root_certificates is None else self.root_certificates.read_bytes()
+
 
 @dataclass
 class SuperNode:
@@ -102,6 +106,7 @@ class SuperNode:
     app: ClientApp
     tell: Callable[[str], None]
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
+    _node: Node | None = field(default=None, init=False)
 
     def stop(self) -> None:
         """Have `run` return when the message at hand is answered."""
@@ -138,11 +143,10 @@ class SuperNode:
     def _client(self) -> FleetHttpClient:
         key = self.key or ec.generate_private_key(ec.SECP384R1())
         self._public = public_key_to_bytes(key.public_key())
-        certificates = self.address.root_certificates
         return FleetHttpClient.from_server_address(
             self.address.superlink,
             self.address.insecure,
-            None if certificates is None else str(certificates),
+            self.address.authorities(),
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
                 NodeAuthHttpInterceptor(key, key.public_key()),
@@ -153,9 +157,14 @@ class SuperNode:
         if self.key is None:
             client.RegisterNode(RegisterNodeFleetRequest(public_key=self._public))
         request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT)
-        node = Node(node_id=client.ActivateNode(request).node_id)
+        try:
+            self._node = Node(node_id=client.ActivateNode(request).node_id)
+        except httpx.HTTPStatusError:
+            # A node that was not missed is active still.
+            if self._node is None:
+                raise
         self.tell(f"connected to the SuperLink at {self.address.superlink}")
-        return node
+        return self._node
 
     def _serve(self, client: FleetHttpClient, node: Node) -> None:
         gone = threading.Event()
