@@ -20,7 +20,7 @@ from tacit.mpc.steps import Role
 from tacit.party.address import Address
 from tacit.party.cluster_file import ClusterFile, Parties, member
 from tacit.party.jobs.agreeing import JobFromAlice, JobFromBob
-from tacit.party.jobs.description import Contributor
+from tacit.party.jobs.description import Contributor, Job
 from tacit.party.jobs.desk import JobDesk, Surroundings
 from tacit.party.jobs.planned import PlannedJob
 from tacit.party.jobs.states import State
@@ -259,12 +259,12 @@ class JobParties:
                     sock.close()
 
 
-def in_the_clear(submitted: Submission, training: Training, inputs: Tensor, labels: Tensor, steps: int) -> nn.Module:
+def in_the_clear(job: Job, training: Training, inputs: Tensor, labels: Tensor, steps: int) -> nn.Module:
     """The same steps on the same rows, by PyTorch in float64."""
     module = training.recipe().module.double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for step in range(1, steps + 1):
-        rows = submitted.job.order(step)
+        rows = job.order(step)
         optimizer.zero_grad()
         training.loss(module(inputs[rows].double()), labels[rows]).backward()
         optimizer.step()

@@ -30,7 +30,7 @@ STEP = 2 * LR * 2.0**-11
 def trained_as_in_the_clear(
     parties: JobParties, submitted: Submission, inputs: Tensor, labels: Tensor, steps: int
 ) -> nn.Module:
-    plain = in_the_clear(submitted, Training(network()), inputs, labels, steps)
+    plain = in_the_clear(submitted.job, Training(network()), inputs, labels, steps)
     found = parties.result(submitted)
     assert found.keys() == plain.state_dict().keys()
     for name, value in plain.state_dict().items():
@@ -51,7 +51,7 @@ def test_a_job_trains_what_pytorch_does_in_the_clear(tmp_path: Path) -> None:
             assert side.pool.levels() == {}
             assert [path.suffix for path in side.store.files_folder.iterdir()] == [".state"]
     assert list(losses) == [1, 2, 3, 4, 5]
-    before = in_the_clear(submitted, Training(network()), inputs, labels, 0)
+    before = in_the_clear(submitted.job, Training(network()), inputs, labels, 0)
     rows = submitted.job.order(1)
     assert losses[1] == pytest.approx(cross_entropy(before(inputs[rows].double()), labels[rows]).item(), abs=2.0**-10)
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from tacit import __version__
-from tacit.cli import bench, keys, model, site
+from tacit.cli import bench, job, keys, model, site
 from tacit.cli.audit import audit
 from tacit.cli.cost import cost
 from tacit.cli.demo import demo
@@ -36,6 +36,7 @@ app.command()(provider)
 app.command()(up)
 app.command()(predict)
 app.add_typer(model.app, name="model")
+app.add_typer(job.app, name="job")
 app.add_typer(runs, name="runs")
 app.add_typer(keys.app, name="keys")
 app.add_typer(site.app, name="site")

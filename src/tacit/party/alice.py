@@ -13,6 +13,7 @@ from tacit.party.control import Control
 from tacit.party.entrance import Handler
 from tacit.party.front import STOPPING, Front, setups
 from tacit.party.house import House
+from tacit.party.jobs.agreeing import JobFromBob
 from tacit.party.leading import Leader
 from tacit.party.messages import FromBob, Holdings, Serve, Status, Trim, Trimmed
 from tacit.party.refill import Line
@@ -40,6 +41,7 @@ class Alice(Front):
         self._bob_stops = self._decided = False
         self._per_minute: dict[Line, float] = {}
         self._seeds = Seeds(house)
+        self.jobs = self.desk(self._control.say)
 
     def handlers(self) -> dict[Purpose, Handler]:
         """Bob's control session."""
@@ -115,6 +117,7 @@ class Alice(Front):
     async def _with_bob(self, channel: Channel, session: Session) -> None:
         if self._control.connected:
             self._pairing.disconnect()
+            self.jobs.disconnected()
         self._control.attach(channel)
         self.house.log("bob_connected")
         try:
@@ -129,11 +132,13 @@ class Alice(Front):
             self._bob_has, self._bob_stops = None, False
             self.clients.closed = STOPPING if self.stopping else None
             self._pairing.connect()
+            self.jobs.connected()
             await self._control.listen(channel, self._heard)
         finally:
             if self._control.detach(channel):
                 self.house.log("bob_gone")
                 self._pairing.disconnect()
+                self.jobs.disconnected()
 
     def _heard(self, message: FromBob) -> None:
         match message:
@@ -152,6 +157,8 @@ class Alice(Front):
                 self._leader.bob_lacks(batch, requests)
             case Trim(tickets):
                 self.tasks.start(self._trim(tickets))
+            case _ if isinstance(message, JobFromBob):
+                self.jobs.heard(message)
             case _:
                 self._pairing.bob_said(message)
 

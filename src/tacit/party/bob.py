@@ -14,6 +14,8 @@ from tacit.party.entrance import Handler
 from tacit.party.following import Follower
 from tacit.party.front import Front, setups
 from tacit.party.house import House
+from tacit.party.jobs.agreeing import JobFromAlice
+from tacit.party.jobs.planned import PlannedJob
 from tacit.party.loaded import PlannedModel
 from tacit.party.messages import FromAlice, Holdings, Serve, Status, Trim, Trimmed
 from tacit.party.refill import Line
@@ -42,6 +44,7 @@ class Bob(Front):
         self._released = asyncio.Event()
         self._serving = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
+        self.jobs = self.desk(self._control.say, self._want)
 
     def handlers(self) -> dict[Purpose, Handler]:
         """None: it is bob who calls alice."""
@@ -132,10 +135,12 @@ class Bob(Front):
             self.house.log("alice_connected")
             await self._report()
             self._follower.introduce()
+            self.jobs.connected()
             await self._control.listen(channel, self._heard)
         finally:
             channel.abort()
             self._control.detach(channel)
+            self.jobs.disconnected()
             for future in self._trimming.values():
                 future.cancel()
 
@@ -150,6 +155,8 @@ class Bob(Front):
                 future = self._trimming.get(tuple(tickets))
                 if future and not future.done():
                     future.set_result(None)
+            case _ if isinstance(message, JobFromAlice):
+                self.jobs.heard(message)
             case _:
                 self._follower.alice_said(message)
 
@@ -164,6 +171,13 @@ class Bob(Front):
                 wanted = dict.fromkeys(part.batch_sizes, ahead)
                 await asyncio.to_thread(self._refilling.want, PlannedModel(part), wanted)
             self._wanted, self._told = set(self.crew.served), True
+
+    def _want(self, job: PlannedJob, ahead: int) -> None:
+        """Keep tickets of a job; called by the thread of the jobs."""
+        if ahead:
+            self._refilling.want(job, {job.job.batch: ahead})
+        else:
+            self._refilling.forget(job.digest)
 
     def _trim(self, tickets: list[Ticket]) -> None:
         """Have alice throw tickets away; called by the thread that refills the pool.

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from tacit.errors import InputError
-from tacit.identity import Identity
+from tacit.identity import Identity, key_text
 from tacit.party import cluster_file
 from tacit.party.client import TIMEOUT_S, Client, Description, Results
 from tacit.party.cluster_file import ClusterFile
+from tacit.party.jobs.client import Jobs
 
 T = TypeVar("T")
 
@@ -27,13 +28,15 @@ class Connection:
 
     Args:
         cluster: where the parties are.
-        identity: the client's.
+        identity: the client's, or the owner's.
     """
 
     def __init__(self, cluster: ClusterFile, identity: Identity) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tacit client", daemon=True)
         self._thread.start()
+        self._cluster, self._identity = cluster, identity
+        self._jobs: Jobs | None = None
         try:
             self._client = self.run(_made(cluster, identity))
         except BaseException:
@@ -46,7 +49,18 @@ class Connection:
         Raises:
             NotPermitted, Refused, PeerError: see `Client.describe`.
         """
-        return RemoteModel(self, name, self.run(self._client.describe(name)))
+        return RemoteModel(self, name, self.run(self.client.describe(name)))
+
+    @property
+    def jobs(self) -> Jobs:
+        """The training jobs of an owner; one thread at a time may use them.
+
+        Raises:
+            InputError: the cluster file knows no owner with this connection's key.
+        """
+        if self._jobs is None:
+            self._jobs = Jobs(self._cluster, self._identity)
+        return self._jobs
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Have the connection's thread do something; a future of what comes of it, which can be cancelled."""
@@ -66,13 +80,22 @@ class Connection:
 
     @property
     def client(self) -> Client:
-        """The client that lives in the connection's thread."""
+        """The client that lives in the connection's thread.
+
+        Raises:
+            InputError: the cluster file knows an owner with this key, and no client.
+        """
+        if self._client is None:
+            raise InputError("cluster.toml has an owner with this key and no client: it may ask no model")
         return self._client
 
     def close(self) -> None:
         """Close the connection; what is being asked fails."""
         if not self._loop.is_closed():
-            self.run(self._client.close())
+            if self._jobs is not None:
+                self._jobs.close()
+            if self._client is not None:
+                self.run(self._client.close())
             self._stop()
 
     def _stop(self) -> None:
@@ -87,7 +110,7 @@ class Connection:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Connection({self._client.name})"
+        return f"Connection({key_text(self._identity.public)})"
 
 
 class RemoteModel:
@@ -116,7 +139,7 @@ class RemoteModel:
 
 
 def connect(cluster: str | Path | ClusterFile, key: str | Path | Identity) -> Connection:
-    """Connect to the parties that a cluster file names, as one of its clients.
+    """Connect to the parties that a cluster file names, as one of its clients or owners.
 
     >>> with tacit.connect("cluster.toml", key="clinic.key") as parties:
     ...     logits = parties.model("mnist")(images)
@@ -132,5 +155,8 @@ def connect(cluster: str | Path | ClusterFile, key: str | Path | Identity) -> Co
     return Connection(known, key if isinstance(key, Identity) else Identity.load(Path(key)))
 
 
-async def _made(cluster: ClusterFile, identity: Identity) -> Client:
-    return Client(cluster, identity)
+async def _made(cluster: ClusterFile, identity: Identity) -> Client | None:
+    """The client with this key; none if it is an owner's, who has jobs."""
+    owns = any(one.public == identity.public for one in cluster.owners.values())
+    asks = any(one.public == identity.public for one in cluster.clients.values())
+    return None if owns and not asks else Client(cluster, identity)

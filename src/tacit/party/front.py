@@ -22,7 +22,11 @@ from tacit.party.cluster_file import ALICE, BOB
 from tacit.party.crew import Crew
 from tacit.party.entrance import Entrance, Handler
 from tacit.party.house import House
+from tacit.party.jobs.desk import JobDesk, Surroundings
+from tacit.party.jobs.keeping import JobKeeper
+from tacit.party.jobs.planned import PlannedJob
 from tacit.party.keeping import MAX_MODEL_BYTES, Keeper
+from tacit.party.meeting import route
 from tacit.party.refill import Line
 from tacit.party.refusal import Reason, Refusal
 from tacit.party.session import Session
@@ -47,6 +51,7 @@ class Front(ABC):
 
     crew: Crew
     clients: Clients
+    jobs: JobDesk
 
     def __init__(self, house: House) -> None:
         self.house, self.tasks = house, Tasks()
@@ -62,12 +67,13 @@ class Front(ABC):
         house, member = self.house, self.house.cluster.party(self.house.name)
         handlers = {Purpose.CLIENT: self.clients.serve, Purpose.OWNER: self._owner, **self.handlers()}
         entrance = Entrance(
-            house.name, house.identity, house.cluster, handlers, self.crew.hand_over, house.metrics, house.log
+            house.name, house.identity, house.cluster, handlers, self._hand_over, house.metrics, house.log
         )
         monitor = await http.serve(member.http_at, house.metrics.text, self.readiness) if member.http_at else None
         for work in (entrance.run(listener), self.crew.run(), self._ticking()):
             self.tasks.start(work)
         self.begin()
+        self.jobs.start()
         house.log("started", address=member.address, workers=len(self.crew.workers))
         # What has been imported stays: a collection that looks through it takes 10 ms.
         gc.freeze()
@@ -75,16 +81,20 @@ class Front(ABC):
             await self._until(stop)
             self.stopping, self.clients.closed = True, STOPPING
             house.log("stopping", requests=len(self.clients.requests))
+            jobs = asyncio.ensure_future(asyncio.to_thread(self.jobs.stop))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FINISHING_S):
                     await self.finish()
+            await jobs
         finally:
             await entrance.close()
+            await asyncio.to_thread(self.jobs.close)
             await self.leave()
             await self.tasks.close()
             if monitor:
                 monitor.close()
             house.pool.close()
+            house.jobs.close()
             house.log("stopped")
 
     @abstractmethod
@@ -131,6 +141,7 @@ class Front(ABC):
             self.house.name,
             self.house.vault,
             self.house.log,
+            JobKeeper(self.house.name, self.house.jobs, self.jobs, gone=self.house.pool.drop_model),
             came=lambda part: _ignored(loop.call_soon_threadsafe(self.vault_changed)),
             gone=gone,
             set_loaded=lambda name, loaded: _ignored(loop.call_soon_threadsafe(self.set_loaded, name, loaded)),
@@ -152,6 +163,32 @@ class Front(ABC):
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         thread.start()
         return thread
+
+    def desk(
+        self, say: Callable[[Any], None], want: Callable[[PlannedJob, int], None] = lambda job, ahead: None
+    ) -> JobDesk:
+        """The party's jobs; they work in a thread of their own.
+
+        Args:
+            say: sends the other party a message, in the loop's thread.
+            want: see `Surroundings`.
+        """
+        loop, house = asyncio.get_running_loop(), self.house
+
+        def send(message: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(say, message)
+
+        number = house.cluster.serving.workers
+        around = Surroundings(house.name, house.identity, house.cluster, number, house.pool, send, want, house.log)
+        return JobDesk(house.jobs, around)
+
+    def _hand_over(self, wanted: str, sock: socket.socket) -> None:
+        """Give a connection to the worker that it is for."""
+        if wanted == route(self.house.cluster.serving.workers):
+            self.jobs.hand_over(sock)
+        else:
+            self.crew.hand_over(wanted, sock)
 
     async def _owner(self, channel: Channel, session: Session) -> None:
         owner, keeper = key_text(self.house.cluster.owners[session.caller].public), self.keeper()

@@ -12,6 +12,7 @@ from tacit.errors import CorrelationError
 from tacit.identity import Identity
 from tacit.party import dialing
 from tacit.party.cluster_file import PROVIDER, ClusterFile
+from tacit.party.jobs.store import JobStore
 from tacit.party.logs import Log
 from tacit.party.metrics import Metrics
 from tacit.party.pool import PoolStore
@@ -51,6 +52,8 @@ class House:
         limit = int(self.cluster.pools.disk_gb * 1e9)
         self.pool = PoolStore(self.folder / "pool", self.identity.storage_key("pool"), limit)
         self.metrics.burned.inc(self.pool.lost)
+        limit = int(self.cluster.training.disk_gb * 1e9)
+        self.jobs = JobStore(self.folder / "jobs", self.identity.storage_key("jobs"), self.name, limit)
 
     def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
         """Take tickets that alice named, at bob; those that he has."""

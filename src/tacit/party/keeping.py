@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tacit.errors import CodecError, InputError, StorageFull, TacitError, one_line
+from tacit.errors import CodecError, InputError, NotPermitted, StorageFull, TacitError, one_line
 from tacit.party import messages
+from tacit.party.jobs.keeping import JobKeeper
+from tacit.party.jobs.requests import FetchLosses, ListJobs
 from tacit.party.logs import Log
 from tacit.party.messages import (
     Delete,
@@ -41,6 +43,7 @@ class Keeper:
         role: whose it is.
         vault: where models lie.
         log: where what happened is written.
+        jobs: what is asked about training jobs.
         came: called with a model version that has been kept.
         gone: called with the digest of a model version that is being deleted.
         set_loaded: called with a model's name and whether it is to be served.
@@ -51,6 +54,7 @@ class Keeper:
     role: str
     vault: Vault
     log: Log
+    jobs: JobKeeper
     came: Callable[[ModelPart], None] = lambda part: None
     gone: Callable[[str], None] = lambda digest: None
     set_loaded: Callable[[str, bool], None] = lambda name, loaded: None
@@ -70,7 +74,7 @@ class Keeper:
         """
         message = messages.decode(messages.owner_calls, frame.body, caller)
         reply, tensors = self._answered(message, frame, owner)
-        if not isinstance(message, List):
+        if not isinstance(message, List | ListJobs | FetchLosses):
             reason = {"reason": reply.refusal.text} if isinstance(reply, Failed) else {}
             named = getattr(message, "name", None)
             self.log(f"owner_{type(message).__name__.lower()}", owner=caller, model=named, **reason)
@@ -91,6 +95,10 @@ class Keeper:
                     return Done(), ()
                 case Delete(name):
                     return self._delete(name, owner), ()
+                case _:
+                    return self.jobs.answer(message, frame.tensors, owner)
+        except NotPermitted as error:
+            return Failed(Refusal(Reason.FORBIDDEN, one_line(error))), ()
         except StorageFull as error:
             return Failed(Refusal(Reason.BUSY, one_line(error))), ()
         except (InputError, CodecError) as error:

@@ -12,6 +12,8 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
+from tacit.party.jobs.agreeing import JobFromAlice, JobFromBob
+from tacit.party.jobs.requests import JobCall, JobReply
 from tacit.party.pool import Holding
 from tacit.party.refusal import Refusal
 from tacit.party.tickets import BatchSize, Digest, Ticket
@@ -177,8 +179,8 @@ class Failed(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     refusal: Refusal
 
 
-OwnerCall = Push | Pull | List | Load | Delete
-OwnerReply = Done | Pulled | Models | Failed
+OwnerCall = Push | Pull | List | Load | Delete | JobCall
+OwnerReply = Done | Pulled | Models | Failed | JobReply
 
 
 class Holdings(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -344,8 +346,22 @@ class Trimmed(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     tickets: list[Ticket]
 
 
-FromAlice = Holdings | Status | Serve | Pair | Stock | Drop | Begin | Over | Trimmed
-FromBob = Holdings | Status | Up | Down | Installed | Paired | Unpaired | Claimed | Stocked | Have | Absent | Trim
+FromAlice = Holdings | Status | Serve | Pair | Stock | Drop | Begin | Over | Trimmed | JobFromAlice
+FromBob = (
+    Holdings
+    | Status
+    | Up
+    | Down
+    | Installed
+    | Paired
+    | Unpaired
+    | Claimed
+    | Stocked
+    | Have
+    | Absent
+    | Trim
+    | JobFromBob
+)
 
 client_calls: msgspec.msgpack.Decoder[ClientCall] = msgspec.msgpack.Decoder(ClientCall)
 client_replies: msgspec.msgpack.Decoder[ClientReply] = msgspec.msgpack.Decoder(ClientReply)

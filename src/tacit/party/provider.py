@@ -19,6 +19,9 @@ from tacit.identity import Identity, key_text
 from tacit.party import dialing, http, tls
 from tacit.party.cluster_file import ALICE, BOB, PROVIDER, ClusterFile
 from tacit.party.dealing import Dealer
+from tacit.party.jobs.keeping import JobKeeper
+from tacit.party.jobs.planned import PlannedJob
+from tacit.party.jobs.store import JobStore
 from tacit.party.keeping import MAX_MODEL_BYTES, Keeper
 from tacit.party.logs import Log
 from tacit.party.session import Called, Session, permitted
@@ -50,10 +53,13 @@ class ProviderProcess:
         self._cluster, self._identity, self._log = cluster, identity, log
         self._vault = Vault(folder / "models", identity.storage_key("vault"), PROVIDER)
         self._ledger = DealtLedger(folder / "dealt")
-        self._dealer = Dealer(self._vault, self._ledger)
+        limit = int(cluster.training.disk_gb * 1e9)
+        self._jobs = JobStore(folder / "jobs", identity.storage_key("jobs"), PROVIDER, limit)
+        self._dealer = Dealer(self._vault, self._ledger, lambda digest: PlannedJob(self._jobs.job(digest)))
         self._pins = cluster.pins()
         self._context = tls.server_context(identity, self._pins)
-        self._keeper = Keeper(PROVIDER, self._vault, log, gone=self._dealer.delete)
+        jobs = JobKeeper(PROVIDER, self._jobs, gone=self._dealer.delete)
+        self._keeper = Keeper(PROVIDER, self._vault, log, jobs, gone=self._dealer.delete)
         self._room, self._guard = threading.Semaphore(_CONNECTIONS), threading.Lock()
         self._links: dict[Link, Session] = {}
 
@@ -76,6 +82,7 @@ class ProviderProcess:
                 for link in self._links:
                     link.close()
             self._dealer.close()
+            self._jobs.close()
             if monitor:
                 monitor.close()
             self._log("stopped")

@@ -32,7 +32,7 @@ class Purpose(StrEnum):
         both, alice, all_three = (ALICE, BOB), (ALICE,), (ALICE, BOB, PROVIDER)
         return {
             Purpose.CLIENT: (both,),
-            Purpose.OWNER: (all_three,),
+            Purpose.OWNER: (all_three, both),
             Purpose.CONTROL: (alice,),
             Purpose.DATA: (alice,),
             Purpose.POOL: ((PROVIDER,),),

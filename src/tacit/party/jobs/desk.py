@@ -40,7 +40,7 @@ PATIENCE_S = 300.0
 _IDLE_S = 0.2
 """How often it is looked whether something is due: tickets that have come, a run to be tried again."""
 _TROUBLE_S = 1.0
-_STOPPING_S = 120.0
+_STOPPING_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,15 @@ class JobDesk:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the step under way, write a checkpoint, and end; after a while, whatever the state is."""
-        if self._thread.is_alive():
-            self._events.put(self._wind_down)
-            self._thread.join(_STOPPING_S)
-        self._events.put(self._stopped.set)
-        if self._thread.is_alive():
+        """Finish the step under way and write a checkpoint, if that takes no long time."""
+        self._events.put(self._wind_down)
+        self._thread.join(_STOPPING_S)
+
+    def close(self) -> None:
+        """End at once, whatever the state is; what was not in a checkpoint is lost."""
+        self._stopped.set()
+        self._events.put(_nothing)
+        if self._thread.ident is not None:
             self._thread.join()
 
     # From the session with the other party.

@@ -53,6 +53,7 @@ class JobProcess:
                 theirs.close()
         self.pid = self._process.pid
         self._door = door[0]
+        self._door.setblocking(False)
         # One link for each direction, since each is used by a thread of its own.
         self._listening = Link(Plain(calls[0].dup()), "the job's worker", None)
         self._calling = Link(Plain(calls[0]), "the job's worker", _PATIENCE_S)
