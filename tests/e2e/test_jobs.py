@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import tacit
 from jobs_parties import examples, in_the_clear, network
 from serving import until
+from tacit.cli.main import app
 from tacit.errors import InputError, NotPermitted
 from tacit.identity import Identity, key_text
 from tacit.party import cluster_file

@@ -371,6 +371,18 @@ class Jobs:
         return key_text(self._cluster.owners[owner].public)
 
     def _asked(self, party: str, call: JobCall, kind: type[R], tensors: Sequence[Tensor] = ()) -> tuple[R, Frame]:
+        """Ask a party; once more, in another session, if the one that there was has broken meanwhile."""
+        again = party in self._links and not isinstance(call, ShareRows | CancelJob | ResumeJob)
+        try:
+            return self._asked_once(party, call, kind, tensors)
+        except CodecError:
+            raise
+        except PeerError:
+            if not again:
+                raise
+        return self._asked_once(party, call, kind, tensors)
+
+    def _asked_once(self, party: str, call: JobCall, kind: type[R], tensors: Sequence[Tensor]) -> tuple[R, Frame]:
         link = self._link(party)
         try:
             link.send(Kind.CALL, tensors, msgspec.msgpack.encode(call))
