@@ -79,6 +79,22 @@ def test_a_coordinator_killed_goes_on_from_its_last_round_with_other_masks(tmp_p
     assert audit.returncode == 0, audit.stdout + audit.stderr
 
 
+def test_a_superlink_that_dies_ends_the_run_which_goes_on_when_it_is_back(tmp_path):
+    federation, _ = write(tmp_path / "all")
+    (federation.folder / "run.toml").write_text(MASKED)
+    run = federation.folder / "run"
+    with processes(federation) as running:
+        first = train(federation, ["train", str(federation.folder / "run.toml"), "--run", str(run)])
+        wait_for_rounds(run, 1)
+        running.kill("superlink")
+        assert first.wait(300) == 2
+        assert rounds_of(run) < 6
+        running.start_superlink()
+        assert train(federation, ["resume", str(run)]).wait(600) == 0
+    assert rounds_of(run) == 6
+    assert "the SuperLink at 127.0.0.1" in (federation.folder / "coordinator.log").read_text()
+
+
 def test_a_site_cut_off_is_lost_and_the_same_process_comes_back(tmp_path):
     federation, _ = write(tmp_path / "all")
     with Relay(Address("127.0.0.1", federation.port)) as relay:

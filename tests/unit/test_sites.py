@@ -1,8 +1,10 @@
 """A site: its file, what it agrees to, its own privacy account, its journal, its preview."""
 
 import json
+import re
 from contextlib import closing
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from tacit.cli.main import app
 from tacit.errors import DataError, InputError
 from tacit.federated.eligibility import DeviceStatus
 from tacit.identity import Identity
+from tacit.runs.seat import Wait
 from tacit.runtimes.flower.federation_file import FederationFile, entry, node_key
 from tacit.sites import policy
-from tacit.sites.config import SiteFile
+from tacit.sites.config import Allow, CsvData, IdxData, NumpyData, OwnData, SiteFile
 from tacit.sites.memory import SiteMemory
 
 PRIVATE = MASKED + '[privacy]\nlevel = "record"\nclip = 1.0\nnoise_multiplier = 1.1\ndelta = 1e-3\n'
@@ -218,3 +221,10 @@ def test_a_site_shows_its_entry_of_federation_toml(tmp_path):
     identity.save(tmp_path / "cleveland.key")
     result = CliRunner().invoke(app, ["site", "show", str(tmp_path / "cleveland.key")])
     assert result.stdout == entry("cleveland", identity)
+
+
+def test_every_key_of_a_sites_and_a_coordinators_file_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "deploy" / "federation.md").read_text()
+    documented = set(re.findall(r"`(\w+)`", page))
+    for kind in (Allow, CsvData, IdxData, NumpyData, OwnData, Wait):
+        assert set(kind.__struct_fields__) <= documented, kind
