@@ -25,6 +25,7 @@ def test_hospitals_train_over_flower_and_nobody_is_lost(tmp_path):
         )
         assert abs(ours["pooled"] - simulated["pooled"]) < 0.2
     assert found["models"]["mlp"]["ways"]["hospitals over Flower, private"]["epsilon"] < 20
+    assert "8 diagnoses are those of the model in the clear" in found["handed_over"]
     assert "FLamby" in report.read_text()
     journal = (tmp_path / "all" / "cleveland.state" / "journal.txt").read_text()
     assert "in a secure sum of 4 sites" in journal

@@ -38,6 +38,7 @@ def hospitals(
         found = run(Path(where), data_dir, Setting(rounds=rounds), progress)
     for trained in found.trained:
         console.print(_table(trained.model, trained.scores, found.hospitals))
+    console.print(found.handed_over, highlight=False, soft_wrap=True)
     if report is not None:
         write(found, report)
         console.print(f"The report is in [bold]{report.absolute()}[/]", soft_wrap=True)
@@ -49,6 +50,7 @@ def summary(report: HospitalsReport) -> dict[str, object]:
     """The figures of ``--json``."""
     return {
         "seconds": round(report.seconds, 1),
+        "handed_over": report.handed_over,
         "models": {
             trained.model: {
                 "rounds": len(trained.history),

@@ -28,6 +28,7 @@ from tacit.runs import build, config
 from tacit.runs.data import Holdings, holdings, signature
 from tacit.runs.train import OnBoard, OnRound, start, unwatched
 from tacit.runtimes.simulation import federate
+from tacit.sites.handover import hand_over
 from tacit.sites.launch import Federation, processes
 
 NAMES = ("cleveland", "hungary", "switzerland", "long-beach")
@@ -184,12 +185,14 @@ def run(folder: Path, data_dir: Path | None, setting: Setting, progress: Progres
             progress.tell(f"the hospitals train {model}")
             trained.append(_trained(model, folder, setting, progress))
     progress.tell("the same in one process, and other ways of training")
-    compared = [_compared(one, folder, held, setting, data_dir) for one in trained]
+    compared = [_compared(one, folder, held, setting) for one in trained]
+    progress.tell("the model goes to alice and bob; a clinic outside of the federation asks them")
+    handed = hand_over(_loaded("logistic", folder, setting), (held.tests or ())[0], folder / "parties")
     return HospitalsReport(
         hospitals=tuple(FILES),
         trained=tuple(compared),
         journal=tuple(federation.journal(NAMES[0]).read_text(encoding="utf-8").splitlines()[-TAIL:]),
-        handed_over="",
+        handed_over=handed.words,
         seconds=time.monotonic() - began,
         settings={"rounds": str(setting.rounds), "noise": str(setting.noise), "seed": str(setting.seed)},
         versions=_versions(),
@@ -205,11 +208,10 @@ def _trained(model: str, folder: Path, setting: Setting, progress: Progress) -> 
     return Trained(model, (), outcome.history, time.monotonic() - began)
 
 
-def _compared(trained: Trained, folder: Path, held: Holdings, setting: Setting, data_dir: Path | None) -> Trained:
+def _compared(trained: Trained, folder: Path, held: Holdings, setting: Setting) -> Trained:
     """The trained model beside other ways to train one like it."""
     model, tests = trained.model, held.tests or ()
-    made = _blank(model, setting)
-    made.load_state_dict(load_file(folder / model / "model.safetensors"))
+    made = _loaded(model, folder, setting)
     epsilon = trained.history[-1].epsilon
     scores = [_scores("hospitals over Flower, private", made, tests, epsilon)]
     for way, private in (("the same in one process", True), ("in one process, no privacy", False)):
@@ -246,6 +248,13 @@ def _alone(model: str, examples: Examples, setting: Setting) -> nn.Module:
     algorithm = build.algorithm(settings, network)
     trained = federate(network, [examples], algorithm=algorithm, rounds=setting.rounds, cohort=1, seed=setting.seed)
     return trained.model
+
+
+def _loaded(model: str, folder: Path, setting: Setting) -> nn.Module:
+    """What the hospitals trained."""
+    made = _blank(model, setting)
+    made.load_state_dict(load_file(folder / model / "model.safetensors"))
+    return made
 
 
 def _blank(model: str, setting: Setting) -> nn.Module:
