@@ -28,7 +28,7 @@ def inputs(rows: int, seed: int = 0) -> torch.Tensor:
 
 def cluster_of(folder: Path, clients: Sequence[str] = ("clinic", "lab"), **settings: Any) -> ClusterFile:
     serving = Serving(batch_sizes=SIZES, memory_gb=0.05, **settings)
-    return prepare(folder, clients=clients, serving=serving, pools=Pools(disk_gb=0.05, ahead=24))
+    return prepare(folder, clients=clients, serving=serving, pools=Pools(disk_gb=0.05, ahead=48))
 
 
 def pushed(service: LocalService, name: str = "small", seed: int = 0) -> None:

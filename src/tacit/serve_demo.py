@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import uvloop
 from torch import nn
 
 from tacit.data.digits import load_digits
@@ -76,7 +76,7 @@ def serve_demo(folder: Path, say: Say = lambda text: None) -> tuple[list[Row], s
     items = [data.test.inputs[number : number + 1] for number in range(PREDICTIONS)]
     with torch.inference_mode():
         expected = model(torch.cat(items))
-    cluster = prepare(folder, clients=_NAMES, pools=Pools(disk_gb=2.0, ahead=64))
+    cluster = prepare(folder, clients=_NAMES, pools=Pools(disk_gb=2.0, ahead=512))
     say("starting alice, bob and the provider")
     with LocalService(folder) as service:
         service.wait_ready()
@@ -84,9 +84,9 @@ def serve_demo(folder: Path, say: Say = lambda text: None) -> tuple[list[Row], s
         _push(cluster, service.key("owner"), model, data)
         say("asking")
         rows = [
-            _row("one client", asyncio.run(_ask(cluster, service, _NAMES[:1], items, PREDICTIONS // 4)), expected),
+            _row("one client", uvloop.run(_ask(cluster, service, _NAMES[:1], items, PREDICTIONS // 4)), expected),
             _row(
-                f"{CLIENTS} clients at once", asyncio.run(_ask(cluster, service, _NAMES, items, PREDICTIONS)), expected
+                f"{CLIENTS} clients at once", uvloop.run(_ask(cluster, service, _NAMES, items, PREDICTIONS)), expected
             ),
         ]
     if any(row.correct < row.requests for row in rows):

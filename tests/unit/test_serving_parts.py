@@ -10,7 +10,7 @@ from tacit.cli.predict import read_items
 from tacit.errors import DataError, InputError
 from tacit.party.choosing import Unloaded, chosen
 from tacit.party.promptness import Promptness
-from tacit.party.stocking import MOST, next_lease
+from tacit.party.stocking import MOST, TOGETHER, next_lease
 from tacit.party.vault import Entry
 from tacit.program.inputs import ModelInput
 
@@ -24,7 +24,11 @@ def test_every_line_gets_one_ticket_then_what_is_used_most_gets_more_within_memo
         line, count = lease
         held[line] += count
         assert sum(held[line] * size for line, size in sizes.items()) <= 450
-    assert held == {SMALL: MOST, LARGE: 4}
+    assert MOST - TOGETHER < held[SMALL] <= MOST
+    assert held[LARGE] == 4
+    # What lacks little is left alone.
+    assert next_lease({SMALL: 1}, {SMALL: MOST - TOGETHER + 1}, levels, {SMALL: 10.0}, 450) is None
+    assert next_lease({SMALL: 1}, {SMALL: MOST - TOGETHER}, levels, {SMALL: 10.0}, 450) == (SMALL, TOGETHER)
     # A line that is larger than all the memory has one all the same, and nothing comes from an empty pool.
     assert next_lease({LARGE: 100}, {}, {LARGE: 5}, {}, 10) == (LARGE, 1)
     assert next_lease({LARGE: 100}, {LARGE: 1}, {LARGE: 5}, {}, 10) is None

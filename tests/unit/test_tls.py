@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -324,11 +325,11 @@ class TestAsyncio:
         return seen, answer
 
     def test_the_pinned_are_let_in_by_name(self) -> None:
-        seen, answer = asyncio.run(self.meet(BOB))
+        seen, answer = uvloop.run(self.meet(BOB))
         assert (sorted(seen), answer) == (["alice", "bob"], b"ping")
 
     def test_a_server_with_another_key(self) -> None:
-        seen, error = asyncio.run(self.meet(BOB, pin=MALLORY.public))
+        seen, error = uvloop.run(self.meet(BOB, pin=MALLORY.public))
         assert seen == []
         assert isinstance(error, ssl.SSLCertVerificationError)
         assert "does not hold" in str(tls.refusal(error, "alice"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvloop
 
 from tacit.errors import PeerError
 from tacit.party import meeting
@@ -75,7 +76,7 @@ def test_batches_run_and_a_broken_pair_starts_again(tmp_path: Path) -> None:
             both.begin(await both.stock(4), REQUESTS)
             torch.testing.assert_close((await both.results())[:3].float(), expected, atol=1e-3, rtol=0)
 
-    asyncio.run(scenario())
+    uvloop.run(scenario())
 
 
 def _run(ticket: Ticket, batch: int) -> Run:

@@ -73,7 +73,7 @@ class Inference:
 
 
 def measure_inference(
-    net: str, batch: int, repeat: int, progress: Callable[[str], None] = lambda text: None
+    net: str, batch: int, repeat: int, progress: Callable[[str], None] = lambda text: None, *, pause_s: float = 0.0
 ) -> Inference:
     """Run the benchmark.
 
@@ -82,6 +82,7 @@ def measure_inference(
         batch: inputs in a batch.
         repeat: measured repeats, after one that warms up.
         progress: told what happens next.
+        pause_s: how long all processes rest between dealing and running.
 
     Raises:
         InputError: no such network, or a count below 1.
@@ -92,10 +93,12 @@ def measure_inference(
         raise InputError(f"batch is {batch} and repeat is {repeat}: both must be at least 1")
     model, item_shape = build(net)
     with one_thread(), torch.inference_mode():
-        return _measure(net, model, inputs_of((batch, *item_shape)), repeat, progress)
+        return _measure(net, model, inputs_of((batch, *item_shape)), repeat, progress, pause_s)
 
 
-def _measure(net: str, model: nn.Module, inputs: Tensor, repeat: int, progress: Callable[[str], None]) -> Inference:
+def _measure(
+    net: str, model: nn.Module, inputs: Tensor, repeat: int, progress: Callable[[str], None], pause_s: float
+) -> Inference:
     progress(f"plan {net} for a batch of {len(inputs)}")
     with torch.inference_mode(False):
         owned = simplify(Model(*trace(model, (inputs.clone(),))))
@@ -117,6 +120,7 @@ def _measure(net: str, model: nn.Module, inputs: Tensor, repeat: int, progress: 
 
         def once(by_layer: bool = False) -> tuple[Dealt, Outcome, list[float], float]:
             dealt = processes.deal()
+            time.sleep(pause_s)
             outcome = processes.run([share(encode(inputs), FRACTION_BITS, client)], by_layer=by_layer)
             plaintext, expected = timed(lambda: model(inputs))
             require_planned(everyone, dealt, outcome)

@@ -2,14 +2,14 @@
 
 Before anything is measured, the parties' pools are filled; how fast that goes is the *refill rate*. Unless told
 otherwise the provider then rests while clients ask, as if it had a machine of its own: what it takes to deal is
-measured apart (`tacit bench inference`). The latency of a single request is that of one client which pauses after each
-answer, so that the workers have made the next ticket ready, and is compared with the engine's bare time of the same
-run: three processes over plain TCP, without a service around them, medians taken before and after.
+measured apart (`tacit bench inference`). The latency of a single request is that of one client, alone, while the
+workers have tickets ready, and is compared with the engine's bare time in the same run: three processes over plain TCP,
+without a service around them, medians taken before and after. Both are measured twice: at work, and after rests, from
+which processors come back slowly and with cold caches.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import os
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from torch import Tensor, nn
 
 from tacit.bench.inference import measure_inference
@@ -36,11 +37,15 @@ from tacit.party.closed_loop import Asked, ask_on, per_second, quantile
 from tacit.party.cluster_file import ALICE, BOB, PARTIES, PROVIDER, Pools, Serving
 from tacit.party.local import LocalService, prepare
 from tacit.party.owning import Owner
+from tacit.party.stocking import TOGETHER
 
 MODEL = "benched"
-_ALONE = 200
-_PAUSE_S = 0.03
-_BARE_REPEATS = 40
+_ALONE = 240
+_REST_S = 0.03
+_BARE_REPEATS = 60
+_STOCKED_S = 60.0
+_RESTOCKING_S = 0.25
+"""What workers need, with much to spare, to expand as many tickets as they take at once."""
 _FILLING_S = 600.0
 _FULL = 0.8
 """Of the disk that the pools may take, from which on they count as full."""
@@ -73,6 +78,24 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """What a single client gets, beside the engine without a service around it.
+
+    Args:
+        rest_ms: how long everything rests before each request, and each of the engine's runs.
+        p50_ms, p99_ms: latencies that half, and 99 in 100, of the requests did not exceed.
+        bare_ms: the engine's median online time for one input.
+        over_bare: the median latency over the engine's.
+    """
+
+    rest_ms: float
+    p50_ms: float
+    p99_ms: float
+    bare_ms: float
+    over_bare: float
+
+
+@dataclass(frozen=True)
 class ServingResult:
     """The figures of one benchmark.
 
@@ -80,9 +103,7 @@ class ServingResult:
         net: the network.
         batch_sizes: planned sizes.
         workers: worker processes at each party.
-        bare_ms: the engine's median online time for one input, without a service around it.
-        alone_p50_ms, alone_p99_ms: of a client that pauses after each answer.
-        over_bare: the former over the engine's.
+        alone: a single client at work, and one that rests.
         levels: by how many clients ask at once.
         refill_rows_per_s: inputs for which tickets were dealt in a second, while the pools were filled.
         pool_bytes: what bob's pool took once it was full.
@@ -93,10 +114,7 @@ class ServingResult:
     net: str
     batch_sizes: tuple[int, ...]
     workers: int
-    bare_ms: float
-    alone_p50_ms: float
-    alone_p99_ms: float
-    over_bare: float
+    alone: tuple[Alone, ...]
     levels: tuple[Level, ...]
     refill_rows_per_s: float
     pool_bytes: int
@@ -149,31 +167,28 @@ def measure_serving(settings: Settings, progress: Progress = lambda text: None) 
     """
     model, item_shape = build(settings.net)
     items = [inputs_of((1, *item_shape), number) for number in range(32)]
-    bare = [_bare(settings.net, progress)]
+    rests = (0.0, _REST_S)
+    bare = [_bare(settings.net, rests, progress)]
     with tempfile.TemporaryDirectory(prefix="tacit-bench-") as place:
         folder = Path(place)
         names = [f"client-{number}" for number in range(max(settings.clients))]
         serving = Serving(batch_sizes=settings.batch_sizes, workers=settings.workers)
-        # As many tickets of every size as the disk takes: the largest size decides.
-        prepare(folder, clients=names, serving=serving, pools=Pools(disk_gb=settings.disk_gb, ahead=1 << 16))
+        # For as many inputs as the disk takes, with tickets of every size.
+        prepare(folder, clients=names, serving=serving, pools=Pools(disk_gb=settings.disk_gb, ahead=1 << 20))
         progress("starting alice, bob and the provider")
         with LocalService(folder) as service:
             service.wait_ready()
             bench = _Bench(service, settings, model, items, progress)
             refill = bench.push()
-            alone = bench.alone()
+            alone = [bench.alone(rest) for rest in rests]
             before, levels = bench.memory(), tuple(bench.level(count) for count in settings.clients)
             after, pool_bytes = bench.memory(), bench.pool_bytes
-    bare.append(_bare(settings.net, progress))
-    bare_ms, p50 = 1000 * statistics.median(bare), 1000 * quantile(alone, 0.5)
+    bare.append(_bare(settings.net, rests, progress))
     return ServingResult(
         settings.net,
         settings.batch_sizes,
         settings.workers,
-        bare_ms,
-        p50,
-        1000 * quantile(alone, 0.99),
-        p50 / bare_ms,
+        tuple(map(_alone, rests, alone, zip(*bare, strict=True))),
         levels,
         refill,
         pool_bytes,
@@ -205,11 +220,14 @@ class _Bench:
             owner.push(prepared)
         return self._fill()
 
-    def alone(self) -> list[Asked]:
-        """One client that pauses after each answer."""
-        self._progress("one client that pauses")
+    def alone(self, rest_s: float) -> list[Asked]:
+        """One client, while nobody else wants anything; it rests whenever workers take tickets."""
+        self._progress(f"one client that rests {1000 * rest_s:g} ms")
+        self._wait_stocked()
         with self._resting_provider():
-            return self._ask(1, lambda sent: sent < _ALONE, _PAUSE_S)
+            return self._ask(
+                1, lambda sent: sent < _ALONE, lambda sent: rest_s if sent % TOGETHER else max(rest_s, _RESTOCKING_S)
+            )
 
     def level(self, count: int) -> Level:
         """So many clients that do not pause."""
@@ -248,19 +266,21 @@ class _Bench:
             <= _TOLERANCE * (1 + self._expected[one.item].abs().max())
         )
 
-    def _ask(self, count: int, go_on: Callable[[int], bool], pause_s: float = 0.0) -> list[Asked]:
+    def _ask(
+        self, count: int, go_on: Callable[[int], bool], rest: Callable[[int], float] = lambda sent: 0.0
+    ) -> list[Asked]:
         async def asking() -> list[Asked]:
             keys = [self._service.key(f"client-{number}") for number in range(count)]
             clients = [Client(self._service.cluster, key) for key in keys]
             try:
                 for client in clients:  # whoever is new is not counted upon, and not measured
                     await client.ask(MODEL, self._items[0])
-                return await ask_on(clients, MODEL, self._items, go_on, pause_s)
+                return await ask_on(clients, MODEL, self._items, go_on, rest)
             finally:
                 for client in clients:
                     await client.close()
 
-        return asyncio.run(asking())
+        return uvloop.run(asking())
 
     def _fill(self) -> float:
         """Wait until the pools are full; inputs for which tickets came in a second, 0 if they were full."""
@@ -273,6 +293,13 @@ class _Bench:
             self._progress(f"filling the pools: tickets for {self._rows():,} inputs")
         self.pool_bytes, rows, seconds = max(self.pool_bytes, held), self._rows(), time.perf_counter() - began
         return (rows - first) / seconds if rows > first else 0.0
+
+    def _wait_stocked(self) -> None:
+        """Wait until the workers expand nothing any more."""
+        deadline, last = time.monotonic() + _STOCKED_S, -1.0
+        while (ready := _counters(self._service)["tacit_ready_tickets"]) != last and time.monotonic() < deadline:
+            last = ready
+            time.sleep(1.5)
 
     def _rows(self) -> int:
         """Inputs for which alice has tickets on her disk."""
@@ -306,9 +333,18 @@ class _Bench:
         return found | {"clients": time.process_time()}
 
 
-def _bare(net: str, progress: Progress) -> float:
-    """The engine's median online time for one input."""
-    return measure_inference(net, 1, _BARE_REPEATS, lambda text: progress(f"the bare engine: {text}")).online_s
+def _bare(net: str, rests: Sequence[float], progress: Progress) -> list[float]:
+    """The engine's median online time for one input, after rests."""
+
+    def tell(text: str) -> None:
+        progress(f"the bare engine: {text}")
+
+    return [measure_inference(net, 1, _BARE_REPEATS, tell, pause_s=rest).online_s for rest in rests]
+
+
+def _alone(rest_s: float, asked: Sequence[Asked], bare: Sequence[float]) -> Alone:
+    p50, bare_s = quantile(asked, 0.5), statistics.median(bare)
+    return Alone(1000 * rest_s, 1000 * p50, 1000 * quantile(asked, 0.99), 1000 * bare_s, p50 / bare_s)
 
 
 def _metrics(service: LocalService, party: str) -> str:

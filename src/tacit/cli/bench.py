@@ -165,10 +165,11 @@ def serving(
     settings = Settings(net, _numbers(clients), seconds, workers, _numbers(batch_sizes), disk_gb, refill)
     with console.status("") as status:
         result = measure_serving(settings, lambda text: status.update(text))
-    console.print(
-        f"{result.net}: one client alone {result.alone_p50_ms:.3g} ms (p99 {result.alone_p99_ms:.3g}), the bare engine "
-        f"{result.bare_ms:.3g} ms: {result.over_bare:.2f} times."
-    )
+    for one in result.alone:
+        console.print(
+            f"{result.net}, one client alone, {one.rest_ms:g} ms of rest before each: p50 {one.p50_ms:.3g} ms, p99 "
+            f"{one.p99_ms:.3g} ms; the bare engine as rested {one.bare_ms:.3g} ms: {one.over_bare:.2f} times"
+        )
     for level in result.levels:
         errors = ", ".join(f"{count} {name}" for name, count in level.errors.items()) or "no errors"
         console.print(

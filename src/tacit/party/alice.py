@@ -59,6 +59,9 @@ class Alice(Front):
         self._leader.flush()
         self._control.say(Status(stopping=(self.stopping or self._bob_stops) and not self._leader.running))
         metrics.queue.set(self._leader.waiting)
+        metrics.set_ready(
+            {(self.crew.name_of(model), batch): n for (model, batch), n in self._pairing.stocked().items()}
+        )
         for (model, batch), count in self._per_minute.items():
             metrics.refill.labels(self.crew.name_of(model), batch).set(count)
 

@@ -168,7 +168,7 @@ class Bob(Front):
             ahead = self.house.cluster.pools.ahead
             for model in self.crew.served.keys() - self._wanted:
                 part = self.crew.served[model].part
-                wanted = dict.fromkeys(part.batch_sizes, ahead)
+                wanted = {size: -(-ahead // size) for size in part.batch_sizes}
                 await asyncio.to_thread(self._refilling.want, PlannedModel(part), wanted)
             self._wanted, self._told = set(self.crew.served), True
 

@@ -41,7 +41,7 @@ async def ask_on(
     model: str,
     items: Sequence[Tensor],
     go_on: Callable[[int], bool],
-    pause_s: float = 0.0,
+    rest: Callable[[int], float] = lambda sent: 0.0,
 ) -> list[Asked]:
     """Have clients ask, each one item at a time.
 
@@ -50,7 +50,7 @@ async def ask_on(
         model: what they ask.
         items: batches, asked in turn.
         go_on: given how many requests have been sent, says whether to send another.
-        pause_s: how long a client rests after each answer.
+        rest: given how many requests have been sent, says how long a client rests after its answer, in seconds.
     """
     numbers, asked = itertools.count(), list[Asked]()
 
@@ -66,8 +66,8 @@ async def ask_on(
             asked.append(
                 Asked(item, began, time.perf_counter() - began, output if isinstance(output, Tensor) else None)
             )
-            if pause_s:
-                await asyncio.sleep(pause_s)
+            if seconds := rest(number + 1):
+                await asyncio.sleep(seconds)
 
     await asyncio.gather(*(client.describe(model) for client in clients))
     await asyncio.gather(*(ask(client) for client in clients))

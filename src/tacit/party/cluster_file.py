@@ -167,11 +167,11 @@ class Pools(_Section, frozen=True):
 
     Args:
         disk_gb: how much disk it may take, in 10^9 bytes.
-        ahead: tickets wanted for each model and batch size.
+        ahead: inputs for which tickets of each model and batch size are wanted, in whole tickets.
     """
 
     disk_gb: float = 8.0
-    ahead: int = 64
+    ahead: int = 1024
 
     def __post_init__(self) -> None:
         _positive(ahead=self.ahead)

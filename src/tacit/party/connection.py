@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import uvloop
 from torch import Tensor
 
 from tacit.errors import InputError
@@ -32,7 +33,7 @@ class Connection:
     """
 
     def __init__(self, cluster: ClusterFile, identity: Identity) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tacit client", daemon=True)
         self._thread.start()
         self._cluster, self._identity = cluster, identity

@@ -217,6 +217,7 @@ class Leader:
         self._recent[batch.number] = recent
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
+        self.pairing.stock(pair)
 
     def _broke(self, pair: Pair, why: str) -> None:
         running, pair.running = pair.running, None
@@ -231,6 +232,7 @@ class Leader:
                 self._promptness.late(held.client)
         refusal = Refusal(Reason.FAILED, f"the batch failed: {why}")
         self._refuse(self._scheduler.failed(self._now(), batch, refusal, running.absent))
+        self.pairing.stock(pair)
         self._pump()
 
     def _count(self, batch: Batch, ran: worker_calls.Ran) -> None:

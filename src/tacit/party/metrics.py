@@ -46,6 +46,9 @@ class Metrics:
         self.workers = Gauge("tacit_workers_up", "Workers that run", registry=registry)
         self.worker_starts = Counter("tacit_worker_starts_total", "Starts of workers", registry=registry)
         self.pool_tickets = Gauge("tacit_pool_tickets", "Tickets on disk", ["model", "batch"], registry=registry)
+        self.ready_tickets = Gauge(
+            "tacit_ready_tickets", "Tickets that workers have made ready", ["model", "batch"], registry=registry
+        )
         self.pool_bytes = Gauge("tacit_pool_bytes", "What the pool takes of the disk", registry=registry)
         self.burned = Counter("tacit_tickets_burned_total", "Tickets that were taken and not used", registry=registry)
         self.refill = Gauge(
@@ -67,6 +70,12 @@ class Metrics:
         for (model, batch), count in levels.items():
             self.pool_tickets.labels(model, batch).set(count)
         self.pool_bytes.set(nbytes)
+
+    def set_ready(self, counts: Mapping[tuple[str, int], int]) -> None:
+        """Show what workers have made ready, by the model's name and the batch size."""
+        self.ready_tickets.clear()
+        for (model, batch), count in counts.items():
+            self.ready_tickets.labels(model, batch).set(count)
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""

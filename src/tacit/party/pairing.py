@@ -30,7 +30,7 @@ class Pairing:
         crew: her workers.
         tasks: where work beside goes.
         say: tells bob something; `connected` says whether he hears.
-        ready: called when a pair can do more than before.
+        changed: called when a pair can do more than before.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Pairing:
         crew: Crew,
         tasks: Tasks,
         say: Callable[[FromAlice], None],
-        ready: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
         self._house, self._crew, self._tasks = house, crew, tasks
-        self._say, self._ready = say, ready
+        self._say, self._changed = say, changed
         self._memory = int(house.cluster.serving.memory_gb * 1e9)
         self._usage, self._stocking = Usage(), set[int]()
         self._linking: dict[int, float] = {}
@@ -62,11 +62,9 @@ class Pairing:
             self.part(pair, "bob is gone")
 
     def take(self, pair: Pair, model: str, size: int) -> Ticket:
-        """A ticket that both workers of a pair have ready."""
+        """A ticket that both workers of a pair have ready; whoever takes it calls `stock` when there is time."""
         self._usage.used((model, size), asyncio.get_running_loop().time())
-        ticket = pair.take(model, size)
-        self.stock(pair)
-        return ticket
+        return pair.take(model, size)
 
     def forget(self, model: str) -> None:
         """A model is not served any more."""
@@ -78,6 +76,10 @@ class Pairing:
     def held(self) -> Counter[Line]:
         """How many tickets the pairs have, by line."""
         return sum((pair.held for pair in self.pairs), Counter())
+
+    def stocked(self) -> Counter[Line]:
+        """How many of these can be used at once."""
+        return sum((pair.stocked for pair in self.pairs), Counter())
 
     def refresh(self, levels: Mapping[Line, int]) -> None:
         """Go on with what has come to a stop.
@@ -183,7 +185,7 @@ class Pairing:
         if pair.linked:
             self._house.log("pair_linked", worker=pair.number)
             self.stock(pair)
-            self._ready()
+            self._changed()
 
     async def _stock(self, pair: Pair) -> None:
         try:
@@ -226,7 +228,7 @@ class Pairing:
 
     def _expanded(self, pair: Pair, ticket: Ticket) -> None:
         if pair.expanded(ticket):
-            self._ready()
+            self._changed()
 
     def _spoiled(self, pair: Pair, ticket: Ticket) -> None:
         if pair.spoiled(ticket):

@@ -80,6 +80,13 @@ class Pair:
         """How many tickets are ready or being made so, by line."""
         return self._held
 
+    @property
+    def stocked(self) -> Counter[Line]:
+        """How many tickets are ready, by line."""
+        return Counter(
+            {(model, size): len(queue) for model, sizes in self.ready.items() for size, queue in sizes.items()}
+        )
+
     def has(self, ticket: Ticket) -> bool:
         """Whether a ticket is being expanded."""
         return ticket in self._expanding

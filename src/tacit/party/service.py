@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+import uvloop
 
 from tacit.errors import InputError, TacitError, one_line
 from tacit.identity import Identity, key_text
@@ -48,7 +49,7 @@ def serve(name: str, cluster: ClusterFile, identity: Identity, folder: Path) -> 
     torch.set_num_threads(1)
     log = Log(name)
     with dialing.listen(member.reached_at) as listener:
-        asyncio.run(_until_told(name, cluster, identity, folder, log, listener))
+        uvloop.run(_until_told(name, cluster, identity, folder, log, listener))
 
 
 async def _until_told(

@@ -2,7 +2,8 @@
 
 A *line* is a model version and a batch size. Every line has one ticket ready if there is one, so that nothing waits for
 the first; beyond that, lines have tickets ready in proportion to how often they were used lately, within a limit of
-memory and of count.
+memory and of count. A line that lacks little is left alone: taking tickets costs both parties a write to their disks
+and messages to and fro, as much for many as for one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tacit.party.refill import Line
 MOST = 32
 """Tickets of one line."""
 TOGETHER = 8
-"""Tickets that are taken from the pool at once: the disk is synced once for all of them."""
+"""Tickets that are taken from the pool at once, and how many a line lacks before any are."""
 _FORGETTING_S = 10.0
 _UNUSED = 0.1
 
@@ -60,7 +61,7 @@ def next_lease(
     best: tuple[float, Line] | None = None
     for line, size in sizes.items():
         have = held.get(line, 0)
-        if levels.get(line, 0) and have < MOST and (not have or size <= left):
+        if levels.get(line, 0) and have <= MOST - TOGETHER and (not have or size <= left):
             need = (have / (_UNUSED + used.get(line, 0.0)), line)
             best = need if best is None else min(best, need)
     if best is None:
@@ -69,4 +70,4 @@ def next_lease(
     have = held.get(line, 0)
     fitting = max(1, left // max(1, sizes[line]))
     # Half of what it has more: lines take turns while all of them fill up.
-    return line, min(levels[line], MOST - have, fitting, TOGETHER, 1 + have // 2)
+    return line, min(levels[line], fitting, TOGETHER, 1 + have // 2)
