@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 
 from tacit.errors import PeerError
 from tacit.identity import Identity
@@ -45,7 +46,7 @@ async def call(
             greeting = caller.greeting()
             for channel in channels.values():
                 channel.send(Kind.HELLO, body=greeting)
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             *_, session = [caller.accepted(party, await said(channel), now) for party, channel in channels.items()]
             return channels, session
     except BaseException as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -184,7 +185,7 @@ class _ClientSession:
     @property
     def usable(self) -> bool:
         """Whether questions can be asked."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         return now < self._session.expires and not any(channel.closed for channel in self._channels.values())
 
     async def describe(self, model: str) -> Description:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,12 +89,12 @@ class Clients:
         Raises:
             PeerError: it has left, its session has expired, or `CodecError`: it does not keep to the protocol.
         """
-        loop, last = asyncio.get_running_loop(), -1
+        last = -1
         try:
             while True:
                 frame = await channel.receive(Kind.CALL, limit=self._largest_frame())
                 message = messages.decode(messages.client_calls, frame.body, session.caller)
-                session.require_live(loop.time())
+                session.require_live(time.monotonic())
                 match message:
                     case Describe(number, name):
                         self._say(channel, self._described(number, name, session.caller))
@@ -105,7 +105,7 @@ class Clients:
                             raise CodecError(f"{session.caller} used a request's number twice")
                         last = number
                         id = (session.id, number)
-                        self._take(Held(id, channel, session.caller, message, frame.tensors, loop.time()))
+                        self._take(Held(id, channel, session.caller, message, frame.tensors, time.monotonic()))
         finally:
             for id in [id for id in self.requests if id[0] == session.id]:
                 self._give_up(id)
@@ -116,7 +116,7 @@ class Clients:
             rows = [output[start : start + held.ask.rows] for output in outputs]
             self._say(held.channel, Answer(held.ask.number, run, scales), rows)
             self._count(held, "answered")
-            seconds = asyncio.get_running_loop().time() - held.arrived
+            seconds = time.monotonic() - held.arrived
             self._metrics.request_seconds.labels(self._name(held)).observe(seconds)
 
     def refuse(self, held: Held, refusal: Refusal) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -142,7 +143,7 @@ class Entrance:
         try:
             channel.send(Kind.HELLO, body=called.welcome())
             try:
-                session, accepted = called.greeted(await said(channel), asyncio.get_running_loop().time())
+                session, accepted = called.greeted(await said(channel), time.monotonic())
                 if self._sessions[caller] >= MAX_SESSIONS:
                     raise PeerError(f"{caller} has {MAX_SESSIONS} sessions with {self._party} already: close some")
             except PeerError as error:

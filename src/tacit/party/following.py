@@ -7,6 +7,7 @@ its place, and alice is told. What this party computed of such a request is not 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ class Follower:
 
     def expire(self) -> None:
         """Forget the shares that alice has not mentioned for too long."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for id, held in list(self.clients.requests.items()):
             if now - held.arrived > held.ask.deadline_ms / 1000 + _SLACK_S:
                 self.clients.forget(id)

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -194,7 +195,7 @@ class Front(ABC):
         owner, keeper = key_text(self.house.cluster.owners[session.caller].public), self.keeper()
         while True:
             frame = await channel.receive(Kind.CALL, limit=MAX_MODEL_BYTES)
-            session.require_live(asyncio.get_running_loop().time())
+            session.require_live(time.monotonic())
             body, tensors = await asyncio.to_thread(keeper.handle, frame, owner, session.caller)
             await channel.deliver(Kind.REPLY, tensors, body)
 

@@ -13,6 +13,7 @@ written to a disk between a request and its answer.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -90,13 +91,13 @@ class Leader:
     def forget(self, model: str) -> None:
         """Take no more requests for a model; what waits is refused."""
         gone = Refusal(Reason.GONE, "this version of the model is not served any more")
-        self._refuse(self._scheduler.drop_model(self._now(), model, gone))
+        self._refuse(self._scheduler.drop_model(time.monotonic(), model, gone))
         self.pairing.forget(model)
 
     def drain(self, refusal: Refusal) -> None:
         """Take no more requests, and refuse what waits; what runs will be answered."""
         self.clients.closed = refusal
-        self._refuse(self._scheduler.drain(self._now(), refusal))
+        self._refuse(self._scheduler.drain(time.monotonic(), refusal))
 
     def set_stock(self, per_minute: Mapping[Line, float]) -> None:
         """Look how many tickets there are of everything, on disk and with the workers."""
@@ -120,7 +121,7 @@ class Leader:
         """He has his shares of these."""
         for id in requests:
             if held := self.clients.requests.get(id):
-                self._promptness.came(held.client, self._now() - held.arrived)
+                self._promptness.came(held.client, time.monotonic() - held.arrived)
                 self._scheduler.set_ready(id)
             else:
                 self._early[id] = None
@@ -153,7 +154,7 @@ class Leader:
         self._pump()
 
     def _given_up(self, held: Held) -> None:
-        if self._scheduler.cancel(self._now(), held.id):
+        if self._scheduler.cancel(time.monotonic(), held.id):
             self._end(held.id)
 
     def _refuse(self, refused: Sequence[tuple[Request, Refusal]]) -> None:
@@ -177,7 +178,7 @@ class Leader:
             asyncio.get_running_loop().call_soon(self._pump_now)
 
     def _pump_now(self) -> None:
-        self._pumping, now = False, self._now()
+        self._pumping, now = False, time.monotonic()
         self._refuse(self._scheduler.expire(now))
         for pair in self.pairing.pairs:
             if pair.idle and (batch := self._scheduler.form(now, pair.ready)):
@@ -185,7 +186,7 @@ class Leader:
         if self._timer:
             self._timer.cancel()
         wake = self._scheduler.wake_at(now)
-        self._timer = None if wake is None else asyncio.get_running_loop().call_at(wake, self._pump_now)
+        self._timer = None if wake is None else asyncio.get_running_loop().call_later(wake - now, self._pump_now)
 
     def _begin(self, now: float, pair: Pair, batch: Batch) -> None:
         ticket = self.pairing.take(pair, batch.model, batch.size)
@@ -200,7 +201,7 @@ class Leader:
         running = pair.running
         if running is None or running.batch.number != ran.batch:
             return
-        batch, pair.running, now = running.batch, None, self._now()
+        batch, pair.running, now = running.batch, None, time.monotonic()
         self._scheduler.done(now, batch, now - running.began)
         self._count(batch, ran)
         self._pump_now()  # the workers go on while the answers are sent
@@ -231,7 +232,7 @@ class Leader:
             if held := self.clients.requests.get(id):
                 self._promptness.late(held.client)
         refusal = Refusal(Reason.FAILED, f"the batch failed: {why}")
-        self._refuse(self._scheduler.failed(self._now(), batch, refusal, running.absent))
+        self._refuse(self._scheduler.failed(time.monotonic(), batch, refusal, running.absent))
         self.pairing.stock(pair)
         self._pump()
 
@@ -260,6 +261,3 @@ class Leader:
                 self._broke(pair, why)
             case _:
                 self.pairing.worker_heard(worker, answer)
-
-    def _now(self) -> float:
-        return asyncio.get_running_loop().time()

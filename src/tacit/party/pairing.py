@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -63,7 +64,7 @@ class Pairing:
 
     def take(self, pair: Pair, model: str, size: int) -> Ticket:
         """A ticket that both workers of a pair have ready; whoever takes it calls `stock` when there is time."""
-        self._usage.used((model, size), asyncio.get_running_loop().time())
+        self._usage.used((model, size), time.monotonic())
         return pair.take(model, size)
 
     def forget(self, model: str) -> None:
@@ -88,7 +89,7 @@ class Pairing:
             levels: how many tickets there are on the disk.
         """
         self.levels = dict(levels)
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for pair in self.pairs:
             if pair.token and not pair.linked and now - self._linking[pair.number] > LINKING_S:
                 self.part(pair, "the two workers did not find each other")
@@ -177,7 +178,7 @@ class Pairing:
     def _link(self, pair: Pair) -> None:
         if self.connected and pair.mine.up and pair.bobs.up and not pair.token:
             pair.token = secrets.token_bytes(worker_calls.TOKEN_BYTES)
-            self._linking[pair.number] = asyncio.get_running_loop().time()
+            self._linking[pair.number] = time.monotonic()
             pair.worker.call(worker_calls.Pair(pair.token))
             self._say(messages.Pair(pair.number, pair.token))
 
@@ -190,7 +191,7 @@ class Pairing:
     async def _stock(self, pair: Pair) -> None:
         try:
             while pair.linked and self.connected:
-                now, token = asyncio.get_running_loop().time(), pair.token
+                now, token = time.monotonic(), pair.token
                 sizes = {
                     (model, size): plan.bytes_stocked
                     for model in sorted(pair.models & self._crew.served.keys())

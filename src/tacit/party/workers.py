@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -63,11 +64,11 @@ class WorkerProcess:
 
     async def run(self) -> None:
         """Keep a process running until cancelled, which ends it."""
-        loop, soon = asyncio.get_running_loop(), 0
+        soon = 0
         while True:
-            began = loop.time()
+            began = time.monotonic()
             await self._run_once()
-            soon = soon + 1 if loop.time() - began < _SOON_S else 0
+            soon = soon + 1 if time.monotonic() - began < _SOON_S else 0
             await asyncio.sleep(_AGAIN_S[min(soon, len(_AGAIN_S) - 1)])
 
     def call(self, call: Call, tensors: Sequence[Tensor] = ()) -> None:
