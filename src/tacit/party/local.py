@@ -53,7 +53,7 @@ def prepare(
         identity = Identity.fresh()
         identity.save(folder / f"{name}.key")
         public[name] = identity.public
-    ports = iter(_free_ports(2 * len(PARTIES)))
+    ports = iter(free_ports(2 * len(PARTIES)))
     members = {
         name: cluster_file.member(public[name], Address(_HOST, next(ports)), Address(_HOST, next(ports)))
         for name in PARTIES
@@ -74,6 +74,8 @@ def prepare(
 class LocalService:
     """The three processes; a context manager, which ends them however it is left.
 
+    They end, in good order, even if this process is killed: each holds a pipe whose other end is here alone.
+
     Args:
         folder: as `prepare` made it; what the processes log goes to ``NAME.log`` in it.
     """
@@ -81,6 +83,7 @@ class LocalService:
     def __init__(self, folder: Path) -> None:
         self.folder, self.cluster = folder, cluster_file.read(folder / CLUSTER)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._lifelines: dict[str, int] = {}
 
     def __enter__(self) -> LocalService:
         try:
@@ -98,15 +101,26 @@ class LocalService:
 
     def start(self, name: str) -> None:
         """Start one of the three, which does not run."""
-        with open(self.folder / f"{name}.log", "ab") as log:
-            self._processes[name] = subprocess.Popen(
-                service.command(name, self.folder / CLUSTER, self.folder / f"{name}.key", self.folder / name),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | ENVIRONMENT,
-                start_new_session=True,
-            )
+        self._let_go(name)
+        theirs, self._lifelines[name] = os.pipe()
+        try:
+            with open(self.folder / f"{name}.log", "ab") as log:
+                self._processes[name] = subprocess.Popen(
+                    self.command(name, theirs),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs,),
+                    env=os.environ | ENVIRONMENT,
+                    start_new_session=True,
+                )
+        finally:
+            os.close(theirs)
+
+    def command(self, name: str, lifeline: int) -> list[str]:
+        """The command line of one of the three; see `tacit.party.service`."""
+        key, folder = self.folder / f"{name}.key", self.folder / name
+        return service.command(name, self.folder / CLUSTER, key, folder, lifeline)
 
     def pid(self, name: str) -> int:
         """The process id of one of the three."""
@@ -170,9 +184,17 @@ class LocalService:
                 process.kill()
                 process.wait()
         self._processes.clear()
+        for name in list(self._lifelines):
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        """Close this end of a lifeline, if there is one."""
+        if name in self._lifelines:
+            os.close(self._lifelines.pop(name))
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens at."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]

@@ -1,7 +1,8 @@
 """``tacit provider`` and ``tacit party alice|bob``: one process that serves until it is told to stop.
 
-``python -m tacit.party.service NAME CLUSTER KEY FOLDER`` is what the commands become, in the environment that processes
-which compute need from their start (`tacit.party.children`).
+``python -m tacit.party.service NAME CLUSTER KEY FOLDER [LIFELINE]`` is what the commands become, in the environment
+that processes which compute need from their start (`tacit.party.children`). A *lifeline* is the descriptor of a pipe
+whose other end a parent process holds: when the parent is gone, however it went, the pipe ends, and so does this one.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from tacit.party.logs import Log
 from tacit.party.provider import ProviderProcess
 
 
-def serve(name: str, cluster: ClusterFile, identity: Identity, folder: Path) -> None:
-    """Be alice, bob or the provider until SIGTERM or Ctrl-C; then end in good order.
+def serve(name: str, cluster: ClusterFile, identity: Identity, folder: Path, lifeline: int | None = None) -> None:
+    """Be alice, bob or the provider until SIGTERM, Ctrl-C or the end of the lifeline; then end in good order.
 
     Args:
         name: which of them.
         cluster: everybody's file.
         identity: its own.
         folder: where it keeps models, tickets and its ledger.
+        lifeline: a descriptor of the process that started this one, if it is not to outlive it.
 
     Raises:
         InputError: the identity is not the one that the cluster file gives this name, or the address is taken.
@@ -49,15 +51,23 @@ def serve(name: str, cluster: ClusterFile, identity: Identity, folder: Path) -> 
     torch.set_num_threads(1)
     log = Log(name)
     with dialing.listen(member.reached_at) as listener:
-        uvloop.run(_until_told(name, cluster, identity, folder, log, listener))
+        uvloop.run(_until_told(name, cluster, identity, folder, log, listener, lifeline))
 
 
 async def _until_told(
-    name: str, cluster: ClusterFile, identity: Identity, folder: Path, log: Log, listener: socket.socket
+    name: str,
+    cluster: ClusterFile,
+    identity: Identity,
+    folder: Path,
+    log: Log,
+    listener: socket.socket,
+    lifeline: int | None,
 ) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if lifeline is not None:
+        loop.add_reader(lifeline, _parent_gone, loop, lifeline, stop)
     if name == PROVIDER:
         await ProviderProcess(cluster, identity, folder, log).run(listener, stop)
         return
@@ -65,9 +75,16 @@ async def _until_told(
     await (Alice if name == ALICE else Bob)(house).run(listener, stop)
 
 
-def command(name: str, cluster: Path, key: Path, folder: Path) -> list[str]:
+def _parent_gone(loop: asyncio.AbstractEventLoop, lifeline: int, stop: asyncio.Event) -> None:
+    """Nothing is ever written to a lifeline: that it can be read means that it has ended."""
+    loop.remove_reader(lifeline)
+    stop.set()
+
+
+def command(name: str, cluster: Path, key: Path, folder: Path, lifeline: int | None = None) -> list[str]:
     """The command line of such a process."""
-    return [sys.executable, "-m", "tacit.party.service", name, str(cluster), str(key), str(folder)]
+    line = [sys.executable, "-m", "tacit.party.service", name, str(cluster), str(key), str(folder)]
+    return line if lifeline is None else [*line, str(lifeline)]
 
 
 def become(name: str, cluster: Path, key: Path, folder: Path) -> None:
@@ -85,8 +102,9 @@ def become(name: str, cluster: Path, key: Path, folder: Path) -> None:
 def main() -> None:
     """Serve as the command line says."""
     name, cluster, key, folder = sys.argv[1], *map(Path, sys.argv[2:5])
+    lifeline = int(sys.argv[5]) if len(sys.argv) > 5 else None
     try:
-        serve(name, cluster_file.read(cluster), Identity.load(key), folder)
+        serve(name, cluster_file.read(cluster), Identity.load(key), folder, lifeline)
     except TacitError as error:
         Log(name)("failed", reason=one_line(error))
         sys.exit(2)
