@@ -26,6 +26,7 @@ from tacit.party.jobs.planned import PlannedJob
 from tacit.party.jobs.states import State
 from tacit.party.jobs.store import JobStore
 from tacit.party.jobs.submission import Rows, Submission, Training, prepare, restore
+from tacit.party.metrics import Metrics
 from tacit.party.pool import PoolStore
 from tacit.party.tickets import Ticket
 from tacit.ring.prg import Prg
@@ -77,7 +78,10 @@ class Side:
         self.store = JobStore(self.folder / "jobs", key, self.role, 10**8)
         self.pool = PoolStore(self.folder / "pool", key, 10**8)
         identity, cluster = IDENTITIES[self.role], self.parties.cluster
-        around = Surroundings(self.role, identity, cluster, 1, self.pool, self._send, self.parties.want, self._log)
+        self.metrics = Metrics()
+        around = Surroundings(
+            self.role, identity, cluster, 1, self.pool, self._send, self.parties.want, self._log, self.metrics
+        )
         self.desk = JobDesk(self.store, around)
         self.up = True
         self.desk.start()

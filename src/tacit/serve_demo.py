@@ -26,6 +26,7 @@ from tacit.party.closed_loop import Asked, ask_on, per_second, quantile
 from tacit.party.cluster_file import ALICE, ClusterFile, Pools
 from tacit.party.local import LocalService, prepare
 from tacit.party.owning import Owner
+from tacit.program.lowering import Context
 from tacit.runtimes.simulation import federate
 
 CLIENTS = 10
@@ -112,7 +113,7 @@ def _trained(data: Dataset) -> nn.Module:
 def _push(cluster: ClusterFile, identity: Identity, model: nn.Module, data: Dataset) -> None:
     prepared = push.prepare(
         model, [data.test.inputs[:1]], name=MODEL, owner=key_text(identity.public),
-        batch_sizes=cluster.serving.batch_sizes,
+        batch_sizes=cluster.serving.batch_sizes, context=Context(network=cluster.network.for_planning()),
     )  # fmt: skip
     deadline = time.monotonic() + _DEALING_S
     with Owner(cluster, identity) as owner:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -21,6 +22,7 @@ from tacit.identity import Identity, key_text
 from tacit.party.jobs.description import Contributor
 from tacit.party.jobs.states import State, initial
 from tacit.party.jobs.submission import Submission, Training
+from tacit.party.metrics import Metrics
 
 LR = 0.1
 STEP = 2 * LR * 2.0**-11
@@ -38,6 +40,12 @@ def trained_as_in_the_clear(
     return plain
 
 
+def shown(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """What Prometheus reads, by name and labels."""
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+
 def test_a_job_trains_what_pytorch_does_in_the_clear(tmp_path: Path) -> None:
     submitted, (inputs, labels) = submission(steps=5, every=2, reveal_loss=True), examples()
     with JobParties(tmp_path).running() as parties:
@@ -50,6 +58,13 @@ def test_a_job_trains_what_pytorch_does_in_the_clear(tmp_path: Path) -> None:
             assert side.store.pieces(digest) == [], "rows are of no use any more"
             assert side.pool.levels() == {}
             assert [path.suffix for path in side.store.files_folder.iterdir()] == [".state"]
+            parties.until(lambda side=side: shown(side.metrics)["tacit_jobs", "done"] == 1, "to be shown as done")
+            counted, cost = shown(side.metrics), submitted.job.cost(8)
+            assert [counted["tacit_jobs", state.value] for state in State] == [0, 0, 1, 0, 0]
+            assert counted["tacit_job_step_seconds_count",] == 5
+            assert counted["tacit_job_rounds_total",] == 5 * cost.rounds
+            assert counted["tacit_job_bytes_online_total",] == 5 * cost.bytes_online
+            assert 0 < counted["tacit_job_waited_seconds_total",] < counted["tacit_job_step_seconds_sum",]
     assert list(losses) == [1, 2, 3, 4, 5]
     before = in_the_clear(submitted.job, Training(network()), inputs, labels, 0)
     rows = submitted.job.order(1)

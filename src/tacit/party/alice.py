@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 from tacit.errors import CodecError, PeerError, one_line
 from tacit.party import messages
@@ -15,12 +16,13 @@ from tacit.party.front import STOPPING, Front, setups
 from tacit.party.house import House
 from tacit.party.jobs.agreeing import JobFromBob
 from tacit.party.leading import Leader
-from tacit.party.messages import FromBob, Holdings, Serve, Status, Trim, Trimmed
+from tacit.party.messages import Echo, FromBob, Holdings, Serve, Sound, Status, Trim, Trimmed
 from tacit.party.refill import Line
 from tacit.party.refilling import take_seeds
 from tacit.party.refusal import Reason, Refusal
 from tacit.party.session import Session
 from tacit.party.session_messages import Purpose
+from tacit.party.sounding import Sounding
 from tacit.party.tickets import Ticket
 from tacit.party.transport import Link
 
@@ -41,6 +43,7 @@ class Alice(Front):
         self._bob_stops = self._decided = False
         self._per_minute: dict[Line, float] = {}
         self._seeds = Seeds(house)
+        self._sounding = Sounding(house.cluster.network.for_planning().round_trip)
         self.jobs = self.desk(self._control.say)
 
     def handlers(self) -> dict[Purpose, Handler]:
@@ -57,6 +60,7 @@ class Alice(Front):
         self._pairing.refresh(self.levels)
         self._leader.set_stock(self._per_minute)
         self._leader.flush()
+        self._control.say(Sound(self._sounding.send(time.monotonic())))
         self._control.say(Status(stopping=(self.stopping or self._bob_stops) and not self._leader.running))
         metrics.queue.set(self._leader.waiting)
         metrics.set_ready(
@@ -160,10 +164,20 @@ class Alice(Front):
                 self._leader.bob_lacks(batch, requests)
             case Trim(tickets):
                 self.tasks.start(self._trim(tickets))
+            case Echo(number):
+                self._echo(number)
             case _ if isinstance(message, JobFromBob):
                 self.jobs.heard(message)
             case _:
                 self._pairing.bob_said(message)
+
+    def _echo(self, number: int) -> None:
+        self._sounding.returned(time.monotonic(), number)
+        if (seconds := self._sounding.round_trip) is not None:
+            self.house.metrics.round_trip.set(seconds)
+        if (seconds := self._sounding.surprise()) is not None:
+            planned_ms = self.house.cluster.network.rtt_ms
+            self.house.log("network_is_not_as_planned", round_trip_ms=1000 * seconds, planned_ms=planned_ms)
 
     async def _trim(self, tickets: list[Ticket]) -> None:
         await asyncio.to_thread(self.house.pool.discard, tickets)

@@ -17,7 +17,7 @@ from tacit.party.house import House
 from tacit.party.jobs.agreeing import JobFromAlice
 from tacit.party.jobs.planned import PlannedJob
 from tacit.party.loaded import PlannedModel
-from tacit.party.messages import FromAlice, Holdings, Serve, Status, Trim, Trimmed
+from tacit.party.messages import Echo, FromAlice, Holdings, Serve, Sound, Status, Trim, Trimmed
 from tacit.party.refill import Line
 from tacit.party.refilling import Refilling
 from tacit.party.session_messages import Purpose
@@ -151,6 +151,8 @@ class Bob(Front):
             case Status(stopping):
                 if stopping and self.stopping:
                     self._released.set()
+            case Sound(number):
+                self._control.say(Echo(number))
             case Trimmed(tickets):
                 future = self._trimming.get(tuple(tickets))
                 if future and not future.done():

@@ -181,7 +181,9 @@ class Front(ABC):
                 loop.call_soon_threadsafe(say, message)
 
         number = house.cluster.serving.workers
-        around = Surroundings(house.name, house.identity, house.cluster, number, house.pool, send, want, house.log)
+        around = Surroundings(
+            house.name, house.identity, house.cluster, number, house.pool, send, want, house.log, house.metrics
+        )
         return JobDesk(house.jobs, around)
 
     def _hand_over(self, wanted: str, sock: socket.socket) -> None:

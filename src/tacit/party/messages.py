@@ -334,6 +334,18 @@ class Over(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     requests: list[RequestId]
 
 
+class Sound(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Alice measures how far away bob is: he sends the number back at once."""
+
+    number: Number
+
+
+class Echo(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Bob sends a number back."""
+
+    number: Number
+
+
 class Trim(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Bob needs room: alice is to throw these tickets away, before he does."""
 
@@ -346,7 +358,7 @@ class Trimmed(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     tickets: list[Ticket]
 
 
-FromAlice = Holdings | Status | Serve | Pair | Stock | Drop | Begin | Over | Trimmed | JobFromAlice
+FromAlice = Holdings | Status | Serve | Pair | Stock | Drop | Begin | Over | Sound | Trimmed | JobFromAlice
 FromBob = (
     Holdings
     | Status
@@ -359,6 +371,7 @@ FromBob = (
     | Stocked
     | Have
     | Absent
+    | Echo
     | Trim
     | JobFromBob
 )

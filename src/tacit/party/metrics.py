@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter as Tally
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from tacit.party.jobs.calls import Stepped
+from tacit.party.jobs.states import State
 from tacit.party.worker_calls import Ran
 
+_STEP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 100.0)
 _SECONDS = (0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -42,6 +46,11 @@ class Metrics:
         )
         self.rounds = Counter("tacit_rounds_total", "Messages sent to the other party's workers", registry=registry)
         self.bytes_online = Counter("tacit_bytes_online_total", "Bytes of these", registry=registry)
+        self.round_trip = Gauge(
+            "tacit_round_trip_seconds",
+            "To bob and back, the quickest of the last minute; alice knows",
+            registry=registry,
+        )
         self.queue = Gauge("tacit_queue_requests", "Requests that wait", registry=registry)
         self.workers = Gauge("tacit_workers_up", "Workers that run", registry=registry)
         self.worker_starts = Counter("tacit_worker_starts_total", "Starts of workers", registry=registry)
@@ -54,6 +63,19 @@ class Metrics:
         self.refill = Gauge(
             "tacit_refill_tickets_per_minute", "Tickets that come in a minute", ["model", "batch"], registry=registry
         )
+        self.jobs = Gauge("tacit_jobs", "Training jobs on record", ["state"], registry=registry)
+        self.set_jobs(())
+        self.job_step_seconds = Histogram(
+            "tacit_job_step_seconds", "A worker's time for a step of a training job", buckets=_STEP_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.job_waited_seconds = Counter(
+            "tacit_job_waited_seconds_total", "Of that, waiting for the other party's worker", registry=registry
+        )
+        self.job_rounds = Counter(
+            "tacit_job_rounds_total", "Messages sent to the other party's worker of a job", registry=registry
+        )
+        self.job_bytes_online = Counter("tacit_job_bytes_online_total", "Bytes of these", registry=registry)
 
     def ran(self, model: str, size: int, rows: int, ran: Ran) -> None:
         """Count a batch that a worker has run."""
@@ -63,6 +85,19 @@ class Metrics:
         self.waited_seconds.inc(ran.waited_s)
         self.rounds.inc(ran.rounds)
         self.bytes_online.inc(ran.bytes_online)
+
+    def stepped(self, stepped: Stepped) -> None:
+        """Count a step of a training job."""
+        self.job_step_seconds.observe(stepped.seconds)
+        self.job_waited_seconds.inc(stepped.waited_s)
+        self.job_rounds.inc(stepped.rounds)
+        self.job_bytes_online.inc(stepped.bytes_online)
+
+    def set_jobs(self, states: Iterable[State]) -> None:
+        """Show how many training jobs there are, by what they are doing: a job that is submitted is in the queue."""
+        counts = Tally(states)
+        for state in State:
+            self.jobs.labels(state.value).set(counts[state])
 
     def set_pool(self, levels: Mapping[tuple[str, int], int], nbytes: int) -> None:
         """Show what the pool holds, by the model's name and the batch size."""

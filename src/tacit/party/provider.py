@@ -162,7 +162,7 @@ class ProviderProcess:
         dealt = Gauge("tacit_dealt_tickets_total", "Tickets dealt", ["model", "batch"], registry=registry)
         names = {entry.digest: entry.name for entry in self._vault.list()}
         for (model, batch), count in self._ledger.dealt().items():
-            dealt.labels(names.get(model, model[:12]), batch).set(count)
+            dealt.labels(names.get(model, model[:12]), batch).inc(count)  # versions of one name add up
         connected = Gauge("tacit_connected", "Whether a party is connected", ["party"], registry=registry)
         there = self._there()
         for party in (ALICE, BOB):

@@ -22,6 +22,7 @@ from tacit.party.cluster_file import ALICE, BOB
 from tacit.party.connection import connect
 from tacit.party.local import LocalService, prepare
 from tacit.party.owning import Owner
+from tacit.program.lowering import Context
 
 OWNER, CLIENT = "hospitals", "outside-clinic"
 NAME = "heart"
@@ -77,8 +78,9 @@ def hand_over(model: nn.Module, patients: Examples, folder: Path) -> Handover:
         service.wait_ready()
         owner = service.key(OWNER)
         prepared = push.prepare(
-            model, [questions[:1]], name=NAME, owner=key_text(owner.public), batch_sizes=cluster.serving.batch_sizes
-        )
+            model, [questions[:1]], name=NAME, owner=key_text(owner.public), batch_sizes=cluster.serving.batch_sizes,
+            context=Context(network=cluster.network.for_planning()),
+        )  # fmt: skip
         with Owner(cluster, owner) as opened:
             _await_served(opened, opened.push(prepared))
         with connect(cluster, service.key(CLIENT)) as parties:

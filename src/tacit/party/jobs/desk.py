@@ -32,6 +32,7 @@ from tacit.party.jobs.planned import PlannedJob
 from tacit.party.jobs.process import JobProcess
 from tacit.party.jobs.states import RUN_BYTES, State
 from tacit.party.jobs.store import JobStore
+from tacit.party.metrics import Metrics
 from tacit.party.pool import PoolStore
 from tacit.party.tickets import Ticket
 
@@ -56,6 +57,7 @@ class Surroundings:
         send: sends a message to the other party, if there is a session with it.
         want: bob: keep so many tickets of a job ahead; none, to stop.
         log: where events are written.
+        metrics: where jobs and their steps are counted.
     """
 
     role: str
@@ -66,6 +68,7 @@ class Surroundings:
     send: Callable[[JobFromAlice | JobFromBob], None]
     want: Callable[[PlannedJob, int], None] = lambda job, ahead: None
     log: Callable[..., None] = lambda event, **facts: None
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 @dataclass
@@ -356,6 +359,7 @@ class JobDesk:
                 with self._guard:
                     live.step, live.seconds = step, live.seconds + seconds
                     live.losses += [(step, words) for words in tensors]
+                self._around.metrics.stepped(answer)
                 self._around.log(
                     "job_step",
                     job=live.job[:12],
@@ -399,7 +403,9 @@ class JobDesk:
         time.sleep(_TROUBLE_S)
 
     def _know(self) -> None:
-        self._machine.known(self.store.entries())
+        entries = self.store.entries()
+        self._around.metrics.set_jobs(entry.state for entry in entries)
+        self._machine.known(entries)
 
     def _wind_down(self) -> None:
         self._machine.stop()
