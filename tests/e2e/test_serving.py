@@ -3,7 +3,6 @@
 import asyncio
 import http.client
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,32 +11,15 @@ import pytest
 import torch
 
 import tacit
-from serving import close, cluster_of, inputs, model, pushed, until
+from serving import close, inputs, model, pushed, until
 from tacit.errors import DeadlineExceeded, InputError, NotPermitted, Refused
 from tacit.identity import Identity, key_text
-from tacit.party import cluster_file, push
+from tacit.party import push
 from tacit.party.client import Client
 from tacit.party.local import LocalService
 from tacit.party.owning import Owner
 
 MODEL = model()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
-    folder = tmp_path_factory.mktemp("service")
-    cluster = cluster_of(folder, ("clinic", "lab", "outsider"))
-    # Another owner, and a client that may ask nothing of ours.
-    Identity.fresh().save(folder / "rival.key")
-    owners = {**cluster.owners, "rival": cluster_file.Owner(key=key_text(Identity.load(folder / "rival.key").public))}
-    outsider = msgspec.structs.replace(cluster.clients["outsider"], models=("other",))
-    changed = msgspec.structs.replace(cluster, owners=owners, clients={**cluster.clients, "outsider": outsider})
-    (folder / "cluster.toml").unlink()
-    cluster_file.write(changed, folder / "cluster.toml")
-    with LocalService(folder) as service:
-        service.wait_ready()
-        pushed(service)
-        yield service
 
 
 def fetched(service: LocalService, party: str, path: str) -> tuple[int, str]:

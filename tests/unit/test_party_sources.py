@@ -10,7 +10,7 @@ from torch import nn
 
 import tacit
 from tacit.errors import DataError, InputError
-from tacit.party.sources import example, factory, load_weights
+from tacit.party.sources import array, example, factory, load_weights, module, save_weights
 from tacit.program.calibrate import save_model
 
 
@@ -78,6 +78,45 @@ def test_examples(tmp_path: Path) -> None:
     np.save(tmp_path / "object.npy", np.array([{"a": 1}]), allow_pickle=True)
     np.save(tmp_path / "text.npy", np.array(["a"]))
     (tmp_path / "broken.npy").write_bytes(b"x")
-    for name in ("object", "text", "broken", "missing"):
-        with pytest.raises(DataError, match="not a readable array"):
+    np.save(tmp_path / "complex.npy", np.array([1j]))
+    (tmp_path / "archive.npy").write_bytes(b"")
+    np.savez(tmp_path / "archive.npz", x=np.zeros(3))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    for name, why in {
+        "object": "not a readable .npy array of numbers",
+        "text": "not a readable .npy array of numbers",
+        "broken": "not a readable .npy array of numbers",
+        "archive": "not a readable .npy array of numbers",
+        "missing": "there is no file",
+        "complex": "complex numbers",
+    }.items():
+        with pytest.raises(DataError, match=why):
             example(str(tmp_path / f"{name}.npy"))
+    np.save(tmp_path / "swapped.npy", np.array([1.5, 2.5], dtype=">f8"))
+    assert torch.equal(array(tmp_path / "swapped.npy"), torch.tensor([1.5, 2.5], dtype=torch.float64))
+
+
+def test_what_a_factory_makes_is_a_module(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(
+        "from torch import nn\ndef sized(width):\n    return nn.Linear(width, 2)\ndef wrong():\n    return {}\n"
+    )
+    with pytest.raises(
+        InputError, match=r"cannot be called without arguments \(missing a required argument: 'width'\)"
+    ):
+        module(f"{path}:sized")
+    with pytest.raises(InputError, match=r"makes a dict: give what makes a torch\.nn\.Module"):
+        module(f"{path}:wrong")
+
+
+def test_weights_are_written_for_their_owner_alone_and_over_nothing(tmp_path: Path) -> None:
+    model, path = nn.Linear(3, 2), tmp_path / "weights.safetensors"
+    save_weights(model.state_dict(), path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    other = nn.Linear(3, 2)
+    load_weights(other, path)
+    assert torch.equal(other.weight, model.weight)
+    with pytest.raises(InputError, match="is there already"):
+        save_weights(model.state_dict(), path)
+    with pytest.raises(InputError, match="no weights can be written to"):
+        save_weights(model.state_dict(), tmp_path / "nowhere" / "weights.safetensors")

@@ -10,6 +10,7 @@ from tacit.cli.predict import read_items
 from tacit.errors import DataError, InputError
 from tacit.party.choosing import Unloaded, chosen
 from tacit.party.promptness import Promptness
+from tacit.party.sounding import Sounding
 from tacit.party.stocking import MOST, TOGETHER, next_lease
 from tacit.party.vault import Entry
 from tacit.program.inputs import ModelInput
@@ -47,6 +48,29 @@ def test_a_client_is_counted_upon_once_it_has_been_prompt() -> None:
     assert known.is_prompt("clinic")
 
 
+def test_a_network_that_is_not_as_planned_is_told_once() -> None:
+    def sounded(planned_s: float, trips: list[float]) -> list[float | None]:
+        sounding, now, told = Sounding(planned_s), 0.0, []
+        for seconds in trips:
+            number = sounding.send(now)
+            sounding.returned(now + seconds, number)
+            surprise = sounding.surprise()
+            told.append(None if surprise is None else round(surprise, 6))
+            now += 1.0
+        return told
+
+    assert sounded(0.0002, [0.041, 0.04] * 10) == [None] * 9 + [0.04] + [None] * 10
+    assert sounded(0.04, [0.0003] * 10)[-1] == 0.0003
+    # A busy process, and a difference that no plan depends on, are no surprise; nor is what comes back too late.
+    assert not any(sounded(0.04, [0.5] * 5 + [0.042] + [0.9] * 14))
+    assert not any(sounded(0.0002, [0.001] * 20))
+    sounding = Sounding(0.0)
+    late = sounding.send(0.0)
+    sounding.send(1.0)
+    sounding.returned(1.2, late)
+    assert sounding.round_trip is None
+
+
 def test_the_newest_version_that_both_have_is_served_unless_unloaded(tmp_path: Path) -> None:
     entries = [Entry(name, "owner", digit * 64, "alice", n, (1,)) for n, (name, digit) in enumerate(("a1", "b2", "a3"))]
     everywhere = {entry.digest for entry in entries}
@@ -72,10 +96,21 @@ def test_files_to_ask_about(tmp_path: Path) -> None:
         items = read_items(tmp_path / name, wanted)
         assert items.dtype == torch.float32
         assert torch.equal(items.reshape(2, 6), torch.from_numpy(values).float())
-    with pytest.raises(InputError, match="holds 12 numbers"):
-        read_items(tmp_path / "x.npy", ModelInput((5,)))
-    with pytest.raises(InputError, match="give an image"):
+    for shape in ((1, 2, 3), (2, 3), (6,), (4, 1, 2, 3), (4, 2, 3), (4, 6)):
+        items = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+        np.save(tmp_path / "y.npy", items)
+        assert torch.equal(read_items(tmp_path / "y.npy", wanted).flatten(), torch.from_numpy(items).flatten().float())
+    for shape in ((3, 2, 1), (2, 3, 1), (3, 2), (12,), (2, 2, 3, 1), (0, 6), (1, 1, 1, 2, 3)):
+        np.save(tmp_path / "y.npy", np.zeros(shape))
+        with pytest.raises(InputError, match=r"holds (no numbers|numbers of shape)"):
+            read_items(tmp_path / "y.npy", wanted)
+    np.save(tmp_path / "y.npy", np.array([1.0, 2.0]))
+    assert torch.equal(read_items(tmp_path / "y.npy", ModelInput((2,), whole=True)), torch.tensor([[1, 2]]))
+    np.save(tmp_path / "y.npy", np.array([1.0, 2.5]))
+    with pytest.raises(InputError, match="not whole"):
+        read_items(tmp_path / "y.npy", ModelInput((2,), whole=True))
+    with pytest.raises(InputError, match="none of the files that can be asked about"):
         read_items(tmp_path / "x.txt", wanted)
     (tmp_path / "bad.npy").write_bytes(b"junk")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"bad\.npy is not a readable \.npy array"):
         read_items(tmp_path / "bad.npy", wanted)

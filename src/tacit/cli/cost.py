@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -13,7 +14,7 @@ from rich.table import Table
 from tacit.bench.nets import NETS
 from tacit.demo import MODELS
 from tacit.errors import InputError
-from tacit.party.sources import factory
+from tacit.party.sources import module
 from tacit.program.lowering import Context
 from tacit.program.network import Network, parse_network
 from tacit.program.rewrite import Model, simplify
@@ -46,7 +47,7 @@ def _model(name: str) -> tuple[Callable[[], Any], tuple[int, ...] | None]:
     if ".py:" not in name:
         known = ", ".join({**MODELS, **NETS})
         raise InputError(f"model {name!r} is unknown: give one of {known}, or FILE.py:FACTORY")
-    return factory(name), None
+    return partial(module, name), None
 
 
 def _item(text: str) -> tuple[int, ...]:

@@ -8,8 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from tacit.errors import DataError, InputError
+from tacit.errors import InputError
 from tacit.identity import Identity
 from tacit.party import cluster_file, sources
 from tacit.party.jobs.client import Jobs, Progress
@@ -195,7 +193,7 @@ def _training(
     model: str, weights: Path | None, loss: Losses, optimizer: Optimizers, lr: float, momentum: float, decay: float,
     config: Path,
 ) -> Training:  # fmt: skip
-    module = sources.factory(model)()
+    module = sources.module(model)
     if weights:
         sources.load_weights(module, weights)
     if optimizer is Optimizers.ADAM and momentum:
@@ -207,10 +205,7 @@ def _training(
 
 
 def _array(path: Path) -> Tensor:
-    try:
-        values = torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path} is not a readable .npy array of numbers: {error}") from error
+    values = sources.array(path)
     return values.float() if values.is_floating_point() else values.long()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 
 from tacit.errors import InputError, PeerError
 from tacit.identity import Identity, key_text
 from tacit.party import cluster_file, push, sources
 from tacit.party.cluster_file import ALICE, BOB, ClusterFile
 from tacit.party.local import CLUSTER
+from tacit.party.messages import Listed
 from tacit.party.owning import Owner
 from tacit.program.lowering import Context
 
@@ -42,7 +43,7 @@ def push_model(
     """Share a model's weights on this machine, and send alice, bob and the provider each its part."""
     cluster, identity = _opened(config, key)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    module = sources.factory(model)()
+    module = sources.module(model)
     calibration = sources.load_weights(module, weights) if weights else None
     base = Context(network=cluster.network.for_planning())
     with console.status("tracing, planning and sharing it"):
@@ -57,7 +58,7 @@ def push_model(
     with Owner(cluster, identity) as owner:
         with console.status("sending each its part"):
             digest = owner.push(prepared)
-        console.print(f"pushed {prepared.provider.name}, version {digest[:12]}")
+        console.print(f"pushed {prepared.provider.name}, version {digest[:12]}: {_plan(prepared, cluster)}")
         with console.status("waiting until it is served and the first tickets are dealt"):
             _wait_served(owner, digest, wait)
     console.print("it is served")
@@ -75,15 +76,22 @@ def pull(
         raise InputError(f"{out} is there already: choose another name")
     with Owner(*_opened(config, key)) as owner:
         state = owner.pull(name)
-    save_file({key: value.contiguous() for key, value in state.items()}, out)
-    Console(stderr=True, highlight=False).print(f"wrote {out}")
+    sources.save_weights(state, out)
+    _say(f"wrote {out}")
 
 
 @app.command("list")
-def list_models(key: Key, config: Config = Path(CLUSTER)) -> None:
+def list_models(
+    key: Key,
+    config: Config = Path(CLUSTER),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: each party's models.")] = False,
+) -> None:
     """Show this owner's models: which are served, and how many tickets are ready."""
     with Owner(*_opened(config, key)) as owner:
         found = owner.list()
+    if as_json:
+        print(json.dumps({party: [_plain(one) for one in models] for party, models in found.items()}))
+        return
     table = Table()
     for heading in ("model", "version", "at", "served", "tickets ready"):
         table.add_column(heading)
@@ -103,6 +111,7 @@ def load(
     """Have a model served that was unloaded."""
     with Owner(*_opened(config, key)) as owner:
         owner.load(name)
+    _say(f"{name} will be served as soon as the parties have it ready")
 
 
 @app.command()
@@ -112,6 +121,7 @@ def unload(
     """Have a model served no longer; the parties keep it, encrypted."""
     with Owner(*_opened(config, key)) as owner:
         owner.load(name, False)
+    _say(f"{name} is served no longer; the parties keep it")
 
 
 @app.command()
@@ -121,6 +131,25 @@ def delete(
     """Have all three forget every version of a model, and what was dealt for it."""
     with Owner(*_opened(config, key)) as owner:
         owner.delete(name)
+    _say(f"{name} is deleted at alice, bob and the provider")
+
+
+def _plan(prepared: push.Push, cluster: ClusterFile) -> str:
+    """What was planned for the smallest batch, and for which network."""
+    batch, program = next(iter(prepared.provider.programs.items()))
+    network, cost = cluster.network, program.cost()
+    return (
+        f"a batch of {batch} takes {cost.rounds} rounds, planned for round trips of {network.rtt_ms:g} ms and "
+        f"{network.mbps:g} Mb/s"
+    )
+
+
+def _plain(one: Listed) -> dict[str, object]:
+    return {"model": one.name, "version": one.model, "served": one.loaded, "tickets": one.tickets}
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def _opened(config: Path, key: Path) -> tuple[ClusterFile, Identity]:

@@ -126,13 +126,18 @@ def require_rows_apart(model: nn.Module, examples: Sequence[Tensor]) -> None:
     in one row; what it gives for the other rows must not differ.
 
     Raises:
-        InputError: it does.
+        InputError: it does, or it does not run on such a batch.
     """
     prg, count = Prg.fresh(), 3
     model = copy.deepcopy(model).double()
     batch = [_drawn(example, count, prg) for example in examples]
     with torch.inference_mode():
-        before = _outputs(model(*batch))
+        try:
+            before = _outputs(model(*batch))
+        except Exception as error:  # whatever the owner's code raises
+            shapes = ", ".join(str(tuple(value.shape)) for value in batch)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"the model does not take inputs of shape {shapes}: {reason}") from error
         for row in range(count):
             changed = [value.clone() for value in batch]
             for value, example in zip(changed, examples, strict=True):

@@ -9,14 +9,17 @@ file asks for it. Whoever wrote such a file runs what they want on the machine t
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from tacit import atomic
 from tacit.errors import DataError, InputError
 from tacit.program.calibrate import CALIBRATION_KEY, Calibration, load_model
 
@@ -41,6 +44,23 @@ def factory(text: str) -> Callable[[], nn.Module]:
     if not callable(found):
         raise InputError(f"{path} has no function or class {name!r} that makes a model")
     return found
+
+
+def module(text: str) -> nn.Module:
+    """What the function or class that ``FILE.py:NAME`` names makes, when called with nothing.
+
+    Raises:
+        InputError: see `factory`; or it cannot be called with nothing, or makes something else than a module.
+    """
+    make = factory(text)
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise InputError(f"{text} cannot be called without arguments ({error}): give a function that can") from None
+    made = make()
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{text} makes a {type(made).__name__}: give what makes a torch.nn.Module")
+    return made
 
 
 def load_weights(module: nn.Module, path: Path) -> Calibration | None:
@@ -79,10 +99,7 @@ def example(text: str) -> Tensor:
     """
     _refuse_pickled(text)
     if text.endswith(".npy"):
-        try:
-            values = torch.from_numpy(np.load(text, allow_pickle=False))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{text} is not a readable array of numbers: {error}") from error
+        values = array(Path(text))
         return values.float() if values.is_floating_point() else values.long()
     try:
         shape = [int(size) for size in text.split(",")]
@@ -91,6 +108,38 @@ def example(text: str) -> Tensor:
     if min(shape) < 1:
         raise InputError(f"example {text!r}: give a .npy file, or the shape of an item such as 1,28,28")
     return torch.zeros(1, *shape)
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights as safetensors: a file that only this user can read, and never over another one.
+
+    Raises:
+        InputError: something is there already, or nothing can be written there.
+    """
+    try:
+        atomic.create(path, save({name: value.contiguous() for name, value in state.items()}), 0o600)
+    except FileExistsError:
+        raise InputError(f"{path} is there already: choose another name") from None
+    except OSError as error:
+        raise InputError(f"no weights can be written to {path}: {error.strerror}") from error
+
+
+def array(path: Path) -> Tensor:
+    """The numbers of a ``.npy`` file.
+
+    Raises:
+        DataError: the file is missing or damaged, or holds something else than real numbers.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+        values = torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a readable .npy array of numbers") from error
+    if values.is_complex():
+        raise DataError(f"{path} holds complex numbers: give real ones")
+    return values
 
 
 def _refuse_pickled(text: str) -> None:
