@@ -188,12 +188,19 @@ DEFENCES = (
     _of(
         "a round for another model, encoding or run",
         (
-            ROUND + "test_a_round_that_a_client_does_not_agree_to",
+            ROUND + "test_a_sum_of_something_else_than_a_client_expects",
             TRANSCRIPT + "TestWhatPartiesSigned::test_clients_refuse_a_round_that_is_for_something_else",
         ),
         CLIENT,
-        "if (invite.length, invite.bits, invite.application) != (task.length, task.ring.bits, task.application):",
-        "if (invite.length, invite.bits) != (task.length, task.ring.bits):",
+        "if task is None or subject != task.subject:",
+        "if task is None or (subject.length, subject.bits) != (task.length, task.ring.bits):",
+    ),
+    _of(
+        "clients told that they sum for different things, once their keys and shares are out",
+        (ROUND + "test_clients_that_were_told_different_subjects_release_nothing_and_their_masks_stay",),
+        SUMS + "messages.py",
+        '    return digest(b"sum", transcript, encode(subject))',
+        "    return transcript",
     ),
     _of(
         "a minimum cohort below the client's own",
@@ -300,7 +307,8 @@ DEFENCES = (
             CORRUPT + "test_wrong_shares_of_many_leave_no_sum_rather_than_a_wrong_one",
         ),
         SERVER,
-        "            return own if commitment(own, self._transcript, client) == self._commitments[client] else None",
+        "            return own if commitment(own, self._roster_transcript, client) "
+        "== self._commitments[client] else None",
         "            return own",
     ),
     _of(

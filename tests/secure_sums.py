@@ -7,7 +7,7 @@ import numpy as np
 
 from tacit.errors import PeerError, TacitError
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task
-from tacit.federated.secure_sum.messages import Invite
+from tacit.federated.secure_sum.messages import Invite, Subject
 from tacit.federated.secure_sum.parameters import Assumption, choose
 from tacit.federated.secure_sum.ring import Ring, Words
 from tacit.federated.secure_sum.server import MaskedServer, Stage
@@ -53,14 +53,19 @@ class World:
         return Invite(
             round=self.round.to_bytes(16, "big"),
             identities=tuple(identity.public for identity in self.identities),
-            length=self.length,
-            bits=self.bits,
             holders=sharing.holders,
             partners=sharing.partners,
             threshold=sharing.threshold,
             minimum=max(self.minimum, sharing.threshold + 1),
-            application=bytes(32),
         )
+
+    @property
+    def subject(self) -> Subject:
+        return Subject(self.length, self.bits, bytes(32))
+
+    @property
+    def server(self) -> MaskedServer:
+        return MaskedServer(self.invite, self.subject)
 
     def client(self, number: int) -> MaskedClient:
         pinned = frozenset(identity.public for identity in self.identities)
@@ -101,7 +106,7 @@ def untouched(direction: str, stage: Stage, number: int, frame: bytes) -> list[b
 
 def run(world: World, tamper: Tamper = untouched, order: Callable[[list[int]], list[int]] = list) -> Ran:
     """Run a round whose frames go through ``tamper``; every refusal is noted, and a client that refuses is lost."""
-    ran, server, clients = Ran(), MaskedServer(world.invite), world.clients()
+    ran, server, clients = Ran(), world.server, world.clients()
     frames = dict.fromkeys(range(world.n), server.invite())
     while server.stage in STAGES:
         stage = server.stage

@@ -21,7 +21,7 @@ from tacit import wire
 from tacit.federated.secure_sum import agreement, messages
 from tacit.federated.secure_sum.agreement import KeyPair, sign
 from tacit.federated.secure_sum.client import MaskedClient, Policy, Task, vector_digest
-from tacit.federated.secure_sum.messages import Confirmations, Inbox, Invite, Roster, Survivors
+from tacit.federated.secure_sum.messages import Confirmations, Inbox, Invite, Roster, Subject, Survivors
 from tacit.federated.secure_sum.parameters import Assumption, choose
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.server import MaskedServer, Stage
@@ -32,7 +32,13 @@ from tacit.ring.prg import Prg
 PATH = Path(__file__).parent / "v1" / "masked_sum.json"
 N, LENGTH, BITS, MINIMUM, LOST = 4, 5, 20, 3, 3
 RING = Ring(BITS)
+SUBJECT = Subject(LENGTH, BITS, bytes(range(32)))
 POLICY = Policy(MINIMUM, Assumption(0.1, 0.1, True))
+SUBJECTS = {
+    "inbox: other length": Subject(LENGTH + 1, BITS, SUBJECT.application),
+    "inbox: other ring": Subject(LENGTH, BITS - 1, SUBJECT.application),
+    "inbox: other application": Subject(LENGTH, BITS, bytes(32)),
+}
 STAGES = tuple(Stage)[:5]
 Frames = dict[tuple[str, Stage, int], bytes]
 
@@ -58,27 +64,24 @@ def invite(round: int = 1) -> Invite:
     return Invite(
         round=bytes(15) + bytes([round]),
         identities=tuple(Identity(identity_seed(i)).public for i in range(N)),
-        length=LENGTH,
-        bits=BITS,
         holders=sharing.holders,
         partners=sharing.partners,
         threshold=sharing.threshold,
         minimum=MINIMUM,
-        application=bytes(range(32)),
     )
 
 
 def client(number: int, round: int = 1) -> MaskedClient:
     """A client before its round."""
     identity = Identity(identity_seed(number))
-    task = Task(RING, LENGTH, bytes(range(32)))
+    task = Task(RING, LENGTH, SUBJECT.application)
     return MaskedClient(identity, frozenset(invite().identities), POLICY, task, Prg(client_seed(number, round)))
 
 
 def play(round: int = 1) -> tuple[Frames, MaskedServer]:
     """The round: client `LOST` shares its secrets and is lost before its vector arrives."""
     frames: Frames = {}
-    server, clients = MaskedServer(invite(round)), [client(i, round) for i in range(N)]
+    server, clients = MaskedServer(invite(round), SUBJECT), [client(i, round) for i in range(N)]
     arriving = dict.fromkeys(range(N), server.invite())
     for stage in STAGES:
         for number, frame in arriving.items():
@@ -122,7 +125,7 @@ def refused(frames: Frames, other_round: Frames) -> Iterator[dict[str, Any]]:
             f"{stage.name} up: signature changed", "server", stage, resigned(frames["up", stage, 0], 1), "PeerError"
         )
     for name, stage, message in lies(frames):
-        error = "InputError" if stage is Stage.ADVERTISE else "PeerError"
+        error = "InputError" if stage is Stage.ADVERTISE or name in SUBJECTS else "PeerError"
         yield case(name, "client", stage, messages.server_frame(stage, message), error)
     for name, stage, message, packed in breaches(frames):
         content = messages.encode(message)
@@ -154,9 +157,6 @@ def lies(frames: Frames) -> Iterator[tuple[str, Stage, messages.FromServer]]:
         ("more holders than others", {"holders": 4}),
         ("minimum not above the threshold", {"minimum": 2}),
         ("minimum above the cohort", {"minimum": 5}),
-        ("other length", {"length": LENGTH + 1}),
-        ("other ring", {"bits": BITS - 1}),
-        ("other application", {"application": bytes(32)}),
         ("identity twice", {"identities": (*invite().identities, invite().identities[0])}),
         ("identity not pinned", {"identities": (*invite().identities, Identity(bytes(32)).public)}),
     ]
@@ -189,8 +189,10 @@ def lies(frames: Frames) -> Iterator[tuple[str, Stage, messages.FromServer]]:
     ]
     for name, sealed in boxes:
         yield f"inbox: {name}", Stage.MASK, msgspec.structs.replace(inbox, sealed=sealed)
-    few = Inbox(inbox.context, messages.bit_mask([0, 1], N), (first,))
+    few = Inbox(inbox.context, messages.bit_mask([0, 1], N), (first,), SUBJECT)
     yield "inbox: too few holders left", Stage.MASK, few
+    for name, subject in SUBJECTS.items():
+        yield name, Stage.MASK, msgspec.structs.replace(inbox, subject=subject)
     for name, survivors in (
         ("below the minimum", [0, 1]),
         ("without this client", [1, 2, 3]),
@@ -304,14 +306,12 @@ def build() -> dict[str, Any]:
         "round": {
             "invite": {
                 "round": settings.round.hex(),
-                "length": LENGTH,
-                "bits": BITS,
                 "holders": settings.holders,
                 "partners": settings.partners,
                 "threshold": settings.threshold,
                 "minimum": settings.minimum,
-                "application": settings.application.hex(),
             },
+            "subject": {"length": LENGTH, "bits": BITS, "application": SUBJECT.application.hex()},
             "policy": {"minimum": MINIMUM, "corrupt": 0.1, "dropped": 0.1, "lying": True},
             "clients": [
                 {
@@ -324,6 +324,7 @@ def build() -> dict[str, Any]:
             ],
             "context": settings.context.hex(),
             "transcript": server.outcome.attestation.transcript.hex(),
+            "sum_transcript": messages.sum_transcript(server.outcome.attestation.transcript, SUBJECT).hex(),
             "frames": [
                 {"direction": direction, "stage": int(stage), "client": number, "frame": frame.hex()}
                 for (direction, stage, number), frame in frames.items()

@@ -91,13 +91,10 @@ def masked(number: int, cohort: Sequence[int], application: bytes) -> bytes:
     invite = Invite(
         seed(0x84, number),
         tuple(identity.public for identity in identities),
-        LENGTH,
-        BITS,
         sharing.holders,
         sharing.partners,
         sharing.threshold,
         max(POLICY.minimum, sharing.threshold + 1),
-        application,
     )
     pinned, task = frozenset(PARTIES.pins.clients), Task(RING, LENGTH, application)
     clients = [
@@ -105,7 +102,10 @@ def masked(number: int, cohort: Sequence[int], application: bytes) -> bytes:
         for at, identity in enumerate(identities)
     ]
     outcome = run_round(
-        MaskedServer(invite), clients, vector, lambda at, stage: stage is Stage.MASK and cohort[at] == LOST
+        MaskedServer(invite, task.subject),
+        clients,
+        vector,
+        lambda at, stage: stage is Stage.MASK and cohort[at] == LOST,
     )
     return outcome.attestation.encoded()
 
@@ -243,14 +243,15 @@ def attestations(entry: Entry) -> Iterator[tuple[str, bytes]]:
         for field, value in {
             "round": bytes(16),
             "identities": signed.invite.identities[::-1],
-            "length": LENGTH + 1,
-            "bits": BITS + 1,
             "minimum": 3 if len(signed.invite.identities) == 4 else 5,
             "threshold": 2 if signed.invite.threshold == 3 else 3,
         }.items():
             if getattr(signed.invite, field) != value:
                 invite = msgspec.structs.replace(signed.invite, **{field: value})
                 yield f"another {field} in what was signed", msgspec.structs.replace(signed, invite=invite).encoded()
+        for field, value in {"length": LENGTH + 1, "bits": BITS + 1}.items():
+            subject = msgspec.structs.replace(signed.subject, **{field: value})
+            yield f"another {field} in what was signed", msgspec.structs.replace(signed, subject=subject).encoded()
         fewer = msgspec.structs.replace(signed, signatures=signed.signatures[: signed.invite.threshold - 1])
         yield "too few signatures", fewer.encoded()
     else:

@@ -54,13 +54,10 @@ def invitation() -> Invite:
     return Invite(
         Prg.fresh().bytes(16),
         tuple(identity.public for identity in IDENTITIES),
-        LENGTH,
-        RING.bits,
         sharing.holders,
         sharing.partners,
         sharing.threshold,
         sharing.threshold + 1,
-        bytes(32),
     )
 
 
@@ -133,7 +130,7 @@ class Round:
     """A round whose victim is a process, and the others objects here."""
 
     def __init__(self, victim: Process) -> None:
-        self.server = MaskedServer(invitation())
+        self.server = MaskedServer(invitation(), TASK.subject)
         self.victim = victim
         self.others = {number: new_client(number) for number in range(N) if number != VICTIM}
         self.sent: dict[tuple[Stage, int], bytes] = {}
@@ -244,7 +241,7 @@ class TestClient:
 
 
 def serving_server() -> Serve:
-    server = MaskedServer(invitation())
+    server = MaskedServer(invitation(), TASK.subject)
 
     def serve(command: bytes, argument: bytes) -> bytes:
         if command == b"I":

@@ -40,7 +40,7 @@ def test_a_question_and_its_tensors_come_back_as_they_were():
     }
     named, wired = pack(tensors)
     terms = Terms(b"r" * 32, "seed = 1", (SITE.public, OTHER.public))
-    begin = Begin(terms, 3, b"a" * 16, "train", bytes(32), b"invite", 2, named)
+    begin = Begin(terms, 3, b"a" * 16, "train", bytes(32), b"frame", 2, named)
     opened = read(seal(COORDINATOR, SITE.public, begin, wired))
     assert opened.request() == begin
     found = unpack(begin.tensors, opened.tensors)
@@ -112,11 +112,12 @@ def test_tensors_must_be_what_is_said_of_them(named, tensors):
         unpack(named, tensors)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("entries", [1, APART])
-def test_frames_travel_in_records_of_flower(entries):
+def test_frames_travel_in_records_of_flower(entries, shared):
     frame = seal(COORDINATOR, SITE.public, HELLO, (torch.arange(entries, dtype=torch.int32),))
-    content = content_of(frame)
-    assert len(content) == 1 + (entries * 4 > APART)
+    content = content_of(frame, shared)
+    assert len(content) == 1 + (shared and entries * 4 > APART)
 
     class Carried:
         pass
@@ -124,6 +125,6 @@ def test_frames_travel_in_records_of_flower(entries):
     message = Carried()
     message.content = content
     assert frame_of(message) == frame
-    content["more"] = content_of(frame)["tacit"]
+    content["more"] = content["tacit"]
     with pytest.raises(CodecError):
         frame_of(message)

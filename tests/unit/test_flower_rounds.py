@@ -7,99 +7,27 @@ import msgspec
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
-from torch import nn
 
-from sites import Files, LocalGrid, answering, grid_of, open_site, tables, write_files
+from site_rounds import CLEAR, MASKED, OPEN, SECRET, assert_same, lose, over_sites, simulated
+from sites import Files, answering, grid_of, open_site, tables, write_files
 from tacit.data.examples import Examples
 from tacit.data.heart_disease import standardised
 from tacit.errors import InputError
 from tacit.federated.devices_schedule import RoundPolicy
 from tacit.federated.evaluation import evaluate
-from tacit.federated.fedavg import FedAvg
 from tacit.federated.secure_sum.attestation import Attestation
 from tacit.federated.secure_sum.client import Policy
 from tacit.federated.secure_sum.masked import MaskedSum
 from tacit.federated.secure_sum.mean import SecureMean
-from tacit.federated.selection import Uniform
-from tacit.federated.transcript import Transcript, run_digest, unseal
+from tacit.federated.transcript import unseal
 from tacit.identity import Identity, key_text
 from tacit.runs import build, config
 from tacit.runs.data import signature
-from tacit.runtimes.flower.asking import Timing
 from tacit.runtimes.flower.client_app import client_app, content_of, frame_of
-from tacit.runtimes.flower.federation import SiteFederation
-from tacit.runtimes.flower.messages import Refusal, Terms, frame_digest
+from tacit.runtimes.flower.messages import Refusal, frame_digest
 from tacit.runtimes.flower.messages import unseal as unseal_letter
-from tacit.runtimes.flower.strategy import Rounds, reached
+from tacit.runtimes.flower.strategy import Rounds
 from tacit.runtimes.simulation import Evaluation, federate
-
-CLEAR = """
-seed = 3
-runtime = "flower"
-[data]
-dataset = "sites"
-shape = [4]
-classes = 2
-[model]
-name = "logistic"
-[algorithm]
-name = "fedavg"
-lr = 0.3
-batch_size = 8
-[selection]
-name = "uniform"
-cohort = 4
-[rounds]
-number = 20
-"""
-MASKED = CLEAR + "[secure_sum]\nmost_examples = 50\n"
-OPEN = 'privacy = "none"\nclear = true\n'
-SECRET = 'privacy = "none"\n'
-TIMING = Timing(work=20, stage=5, linger=0.0, gather=0.2, join=0.2)
-
-
-class Clock:
-    """Time that passes when somebody waits."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def now(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
-
-
-def over_sites(
-    files: Files,
-    grid: LocalGrid,
-    text: str = CLEAR,
-    rounds: RoundPolicy | None = None,
-    entries: list[bytes] | None = None,
-) -> SiteFederation:
-    """A federation over the sites of a grid, as a coordinator makes it from a configuration."""
-    settings, run = config.parse(text), Identity.fresh()
-    secure, transcript = settings.secure_sum, None
-    model = build.model(settings, signature(settings).blank(), files.folder)
-    terms = Terms(run.public, text, files.federation.keys)
-    sites = reached(grid, files.coordinator, terms, None if secure is None else Policy(3), rounds, TIMING)
-    clock = Clock()
-    sites.asking.courier.clock, sites.asking.courier.sleep = clock.now, clock.sleep
-    if secure is not None:
-        keep = entries.append if entries is not None else lambda entry: None
-        transcript = Transcript(run_digest(text.encode(), run.public), run, keep)
-    return SiteFederation(
-        model,
-        sites,
-        None if secure is None else secure.most_examples,
-        algorithm=build.algorithm(settings, model),
-        selection=Uniform(4),
-        secure_mean=None if secure is None else SecureMean(sites, secure.clip, secure.bits),
-        transcript=transcript,
-        seed=settings.seed,
-    )
-
 
 CONTEXT = Context(1, 100, {}, RecordDict(), {})
 
@@ -113,19 +41,8 @@ def unseal_answer(files: Files, site: int, frame: bytes, question: bytes) -> Ref
     return unseal_letter(frame, readers, writers, frame_digest(question)).reply()
 
 
-def simulated(examples, rounds: int, **named):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    algorithm = FedAvg(lr=0.3, batch_size=8)
-    return federate(network, examples, algorithm=algorithm, rounds=rounds, cohort=4, seed=3, **named)
-
-
 def weights_of(result) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array.numpy().copy()) for name, array in result.arrays.items()}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_in_the_clear_the_global_model_is_the_simulators(tmp_path):
@@ -153,12 +70,7 @@ def test_by_a_secure_sum_the_global_model_is_the_simulators_and_its_rounds_are_s
         opened, _ = unseal(entry)
         attestation = Attestation.parse(opened.attestation)
         assert set(attestation.verify(pinned)) == pinned
-        assert attestation.invite.application == opened.purpose.application
-
-
-def lose(*stages: str, node: int):
-    """Have messages of these stages to a node get lost."""
-    return lambda stage, at, message: None if at == node and stage in stages else message
+        assert attestation.subject.application == opened.purpose.application
 
 
 @pytest.mark.parametrize("stage", ["train.begin", "query.share", "query.mask", "query.confirm", "query.unmask"])

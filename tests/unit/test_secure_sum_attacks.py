@@ -13,8 +13,8 @@ from tacit import wire
 from tacit.errors import CodecError, InputError, PeerError
 from tacit.federated.secure_sum import messages
 from tacit.federated.secure_sum.agreement import sign
-from tacit.federated.secure_sum.client import MaskedClient, State
-from tacit.federated.secure_sum.messages import Advert, Confirmations, Inbox, Invite, Roster, Survivors
+from tacit.federated.secure_sum.client import MaskedClient, State, Task
+from tacit.federated.secure_sum.messages import Advert, Confirmations, Inbox, Invite, Roster, Subject, Survivors
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.server import MaskedServer, Stage
 from tacit.identity import Identity
@@ -433,7 +433,7 @@ class TestLyingAboutShares:
 
     def test_too_few_holders_left(self) -> None:
         honest = sent(Stage.MASK)
-        lie = Inbox(CONTEXT, mask(0, 1), tuple(entry for entry in honest.sealed if entry[0] == 1))
+        lie = Inbox(CONTEXT, mask(0, 1), tuple(entry for entry in honest.sealed if entry[0] == 1), WORLD.subject)
         tell(at(Stage.MASK), Stage.MASK, lie, "fewer than 2 of this client's holders")
 
     def test_too_few_partners_left(self) -> None:
@@ -447,7 +447,7 @@ class TestLyingAboutShares:
         # Enough holders are left, and fewer partners than a client insists on.
         left = set(range(60)) - set(partners[: len(partners) - spared + 1])
         assert len(left & {holder for holder, *_ in message.sealed}) > world.invite.threshold
-        alone = Inbox(world.invite.context, mask(*left, n=60), ())
+        alone = Inbox(world.invite.context, mask(*left, n=60), (), world.subject)
         tell(client, Stage.MASK, alone, f"only {spared - 1} of this client's partners are left, {spared} are needed")
 
     def test_more_clients_choose_one_holder_than_chance_allows(self) -> None:
@@ -455,7 +455,8 @@ class TestLyingAboutShares:
         client, context = advertised(world), world.invite.context
         client.receive(messages.server_frame(1, roster_of(world, range(world.n))))
         everybody = mask(*range(world.n), n=world.n)
-        flood = Inbox(context, everybody, tuple((number, False, bytes(80)) for number in range(1, world.n)))
+        boxes = tuple((number, False, bytes(80)) for number in range(1, world.n))
+        flood = Inbox(context, everybody, boxes, world.subject)
         tell(client, Stage.MASK, flood, "99 clients chose this one as a holder")
 
 
@@ -469,9 +470,6 @@ class TestLyingAboutTheRound:
             ({"holders": 4}, "holders < clients"),
             ({"partners": 4}, "partners <= holders"),
             ({"minimum": 5}, "survivors <= clients"),
-            ({"length": 6}, "6 residues of 20 bits, this client has 5"),
-            ({"bits": 19}, "of 19 bits"),
-            ({"application": b"\1" * 32}, "different models or encodings"),
             ({"identities": WORLD.invite.identities[1:]}, "holders < clients"),
             ({"identities": (*WORLD.invite.identities[1:], World(5).identity(4).public)}, "not pinned"),
             ({"identities": (*WORLD.invite.identities, World(5).identity(4).public)}, "not pinned"),
@@ -480,6 +478,61 @@ class TestLyingAboutTheRound:
     )
     def test_a_round_that_a_client_does_not_agree_to(self, changes: dict, reason: str) -> None:
         tell(at(Stage.ADVERTISE), Stage.ADVERTISE, msgspec.structs.replace(WORLD.invite, **changes), reason)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"length": 6}, "6 residues of 20 bits, this client has 5"),
+            ({"bits": 19}, "of 19 bits"),
+            ({"application": b"\1" * 32}, "different models or encodings"),
+        ],
+    )
+    def test_a_sum_of_something_else_than_a_client_expects(self, changes: dict, reason: str) -> None:
+        lie = msgspec.structs.replace(sent(Stage.MASK), subject=msgspec.structs.replace(WORLD.subject, **changes))
+        tell(at(Stage.MASK), Stage.MASK, lie, reason)
+
+    def test_a_sum_before_a_client_expects_any(self) -> None:
+        tell(followed(unsettled(0)), Stage.MASK, sent(Stage.MASK), "this client has no")
+
+    def test_clients_that_were_told_different_subjects_release_nothing_and_their_masks_stay(self) -> None:
+        """A server that has keys and shares before it says what is summed, and then says two things."""
+        world = World(6)
+        honest = run(world)
+        others = {number: Subject(5, 20, bytes([number % 2]) * 32) for number in range(6)}
+        clients, vectors, confirmed = {}, {}, {}
+        for number, subject in others.items():
+            client = clients[number] = followed(unsettled(number, world), honest, number)
+            client.expect(Task(world.ring, subject.length, subject.application))
+            inbox = msgspec.structs.replace(sent(Stage.MASK, number, honest), subject=subject)
+            client.receive(messages.server_frame(2, inbox))
+            vectors[number] = messages.read_client_frame(client.mask(world.vector(number)), 1 << 20)[3]
+            everybody = Survivors(world.invite.context, mask(*range(6), n=6))
+            answer = client.receive(messages.server_frame(3, everybody))
+            confirmed[number] = messages.read_client_frame(answer, 0)[2].signature
+        for number, client in clients.items():
+            signatures = tuple((other, signature) for other, signature in confirmed.items() if other != number)
+            with pytest.raises(PeerError, match="did not confirm these survivors"):
+                client.receive(messages.server_frame(4, Confirmations(world.invite.context, signatures)))
+        # The masks of one subject are not those of another: nothing of an honest round fits.
+        for number in (1, 3, 5):
+            masked = messages.read_client_frame(honest.frames["up", Stage.MASK, number], 1 << 20)[3]
+            assert not np.array_equal(vectors[number], masked)
+
+    def test_what_a_sum_is_of_is_settled_once(self) -> None:
+        with pytest.raises(InputError, match="settled once"):
+            WORLD.client(0).expect(Task(WORLD.ring, 5))
+        with pytest.raises(InputError, match="settled once"):
+            WORLD.server.about(WORLD.subject)
+        server = MaskedServer(WORLD.invite)
+        for number in range(4):
+            server.receive(HONEST.frames["up", Stage.ADVERTISE, number])
+        server.close()
+        for number in range(4):
+            server.receive(HONEST.frames["up", Stage.SHARE, number])
+        with pytest.raises(InputError, match="before it is settled"):
+            server.close()
+        server.about(WORLD.subject)
+        assert server.close()[0] == HONEST.frames["down", Stage.MASK, 0]
 
     def test_a_cohort_below_the_clients_own_minimum(self) -> None:
         careful = replace(WORLD, minimum=4).client(0)
@@ -508,6 +561,20 @@ class TestLyingAboutTheRound:
         invite = msgspec.structs.replace(world.invite, holders=15, partners=8)
         with pytest.raises(InputError, match="bits of privacy"):
             world.client(0).receive(messages.server_frame(0, invite))
+
+
+def unsettled(number: int, world: World = WORLD) -> MaskedClient:
+    """A client that does not know yet what will be summed."""
+    pinned = frozenset(identity.public for identity in world.identities)
+    seed = prg(1, world.round, number >> 8, number & 255)
+    return MaskedClient(world.identity(number), pinned, world.policy, None, seed)
+
+
+def followed(client: MaskedClient, ran: Ran = HONEST, number: int = 0) -> MaskedClient:
+    """The client, when it has shared its secrets in a round that was run."""
+    for stage in (Stage.ADVERTISE, Stage.SHARE):
+        assert client.receive(ran.frames["down", stage, number]) == ran.frames["up", stage, number]
+    return client
 
 
 def wrong_shares(holders: set[int], lost: int | None, owners: Container[int] = range(4)):
@@ -653,13 +720,20 @@ class TestFrames:
             for change in (
                 {"round": bytes(15) + b"\1"},
                 {"identities": invite.identities[::-1]},
-                {"length": 6},
-                {"bits": 21},
                 {"holders": 2},
                 {"partners": 2},
                 {"threshold": 3},
                 {"minimum": 4},
-                {"application": b"\1" * 32},
             )
         ]
         assert len({one.context for one in (invite, *others)}) == len(Invite.__struct_fields__) + 1
+
+    def test_the_sums_transcript_covers_the_roster_and_all_of_the_subject(self) -> None:
+        subject = WORLD.subject
+        others = [
+            msgspec.structs.replace(subject, **change)
+            for change in ({"length": 6}, {"bits": 21}, {"application": b"\1" * 32})
+        ]
+        found = {messages.sum_transcript(bytes(32), one) for one in (subject, *others)}
+        found.add(messages.sum_transcript(b"\1" * 32, subject))
+        assert len(found) == len(Subject.__struct_fields__) + 2

@@ -231,7 +231,7 @@ class TestOnce:
     @pytest.mark.parametrize("stage", STAGES)
     def test_a_server_closes_no_stage_with_too_few_answers(self, stage: Stage) -> None:
         world = World(5)
-        frames, invite, server = run(world).frames, world.invite, MaskedServer(world.invite)
+        frames, invite, server = run(world).frames, world.invite, world.server
         fewest = invite.minimum if stage <= Stage.MASK else invite.threshold
         for at in STAGES[: stage + 1]:
             for number in range(fewest - 1 if at is stage else world.n):
@@ -275,8 +275,10 @@ class TestAttestation:
             (lambda a: {"survivors": b"\x0f"}, "did not sign"),
             (lambda a: {"survivors": b"\x03"}, "below its minimum"),
             (lambda a: {"transcript": bytes(32)}, "did not sign"),
-            (lambda a: {"invite": msgspec.structs.replace(a.invite, application=b"\1" * 32)}, "did not sign"),
-            (lambda a: {"invite": msgspec.structs.replace(a.invite, length=9)}, "did not sign"),
+            (lambda a: {"invite": msgspec.structs.replace(a.invite, round=b"\1" * 16)}, "did not sign"),
+            (lambda a: {"subject": msgspec.structs.replace(a.subject, application=b"\1" * 32)}, "did not sign"),
+            (lambda a: {"subject": msgspec.structs.replace(a.subject, length=9)}, "did not sign"),
+            (lambda a: {"subject": msgspec.structs.replace(a.subject, bits=9)}, "did not sign"),
             (lambda a: {"signatures": a.signatures[:1]}, "1 survivors signed"),
             (lambda a: {"signatures": (*a.signatures, a.signatures[0])}, "comes twice"),
             (lambda a: {"signatures": (*a.signatures, (3, a.signatures[0][1]))}, "did not survive"),
@@ -302,7 +304,7 @@ class TestAttestation:
 
     def test_it_has_one_encoding(self) -> None:
         data = self.honest().encoded()
-        for changed in (data[:-1], data + b"\0", b"", b"\xdc\x00\x04" + data[1:]):
+        for changed in (data[:-1], data + b"\0", b"", b"\xdc\x00\x05" + data[1:]):
             with pytest.raises(CodecError):
                 Attestation.parse(changed)
 

@@ -12,9 +12,9 @@ from tacit.errors import CodecError, InputError, PeerError
 from tacit.federated.audit import Checked, verify
 from tacit.federated.parties import Parties, Pins
 from tacit.federated.secure_sum.attestation import Attestation
-from tacit.federated.secure_sum.client import MaskedClient, Task
-from tacit.federated.secure_sum.messages import Invite
-from tacit.federated.secure_sum.server import MaskedServer
+from tacit.federated.secure_sum.client import MaskedClient, State, Task
+from tacit.federated.secure_sum.messages import Invite, Subject
+from tacit.federated.secure_sum.server import MaskedServer, Stage
 from tacit.federated.secure_sum.shared_attestation import SharedAttestation
 from tacit.federated.secure_sum.shared_messages import Terms
 from tacit.federated.transcript import (
@@ -290,14 +290,12 @@ class TestACoordinatorThatLies:
 INVITE = {
     "round": b"\7" * 16,
     "identities": tuple(reversed(Attestation.parse(ENTRIES[0].attestation).invite.identities)),
-    "length": 5,
-    "bits": 21,
     "holders": 3,
     "partners": 3,
     "threshold": 2,
     "minimum": 3,
-    "application": D,
 }
+SUBJECT = {"length": 5, "bits": 21, "application": D}
 TERMS = {
     "round": b"\7" * 16,
     "identities": tuple(reversed(SharedAttestation.parse(ENTRIES[2].attestation).terms.identities)),
@@ -320,6 +318,13 @@ class TestWhatPartiesSigned:
         require_refused(
             resealed(HONEST, 0, field(attestation=forged)(ENTRIES[0])), 0, "did not sign|something else|need"
         )
+
+    @pytest.mark.parametrize("name", Subject.__struct_fields__)
+    def test_all_of_what_a_masked_sum_is_of(self, name: str) -> None:
+        signed = Attestation.parse(ENTRIES[0].attestation)
+        changed = msgspec.structs.replace(signed.subject, **{name: SUBJECT[name]})
+        forged = msgspec.structs.replace(signed, subject=changed).encoded()
+        require_refused(resealed(HONEST, 0, field(attestation=forged)(ENTRIES[0])), 0, "did not sign|something else")
 
     @pytest.mark.parametrize("name", Terms.__struct_fields__)
     def test_every_term_of_a_shared_sum(self, name: str) -> None:
@@ -353,16 +358,26 @@ class TestWhatPartiesSigned:
         def application(version: int) -> bytes:
             return Transcript(RUN, PARTIES.coordinator, lambda entry: None).open(state(0, version), "sixteen bits")
 
-        asked = MaskedServer(MASKED.invitation(RING, LENGTH, range(CLIENTS), application(0))).invite()
         pinned = frozenset(PARTIES.pins.clients)
         for version in (0, 1):
-            task = Task(RING, LENGTH, application(version))
-            client = MaskedClient(PARTIES.clients[0], pinned, MASKED.policy, task, Prg(bytes(16)))
+            asked = Task(RING, LENGTH, application(0))
+            expected = Task(RING, LENGTH, application(version))
+            server = MaskedServer(MASKED.invitation(range(CLIENTS)), asked.subject)
+            clients = [
+                MaskedClient(identity, pinned, MASKED.policy, expected, Prg(bytes([number] * 16)))
+                for number, identity in enumerate(PARTIES.clients)
+            ]
+            frames = dict.fromkeys(range(CLIENTS), server.invite())
+            for _ in (Stage.ADVERTISE, Stage.SHARE):
+                for number, frame in frames.items():
+                    server.receive(clients[number].receive(frame))
+                frames = server.close()
             if version == 0:
-                assert client.receive(asked)
+                assert clients[0].receive(frames[0]) is None
+                assert clients[0].state is State.READY
             else:
                 with pytest.raises(InputError, match="of different models or encodings"):
-                    client.receive(asked)
+                    clients[0].receive(frames[0])
 
 
 class TestPins:

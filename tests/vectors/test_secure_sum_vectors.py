@@ -12,7 +12,7 @@ from tacit import errors
 from tacit.federated.secure_sum import agreement, messages
 from tacit.federated.secure_sum.agreement import KeyPair
 from tacit.federated.secure_sum.client import MaskedClient, Policy, State, Task
-from tacit.federated.secure_sum.messages import Invite
+from tacit.federated.secure_sum.messages import Invite, Subject
 from tacit.federated.secure_sum.parameters import Assumption
 from tacit.federated.secure_sum.ring import Ring
 from tacit.federated.secure_sum.server import MaskedServer, Stage
@@ -25,7 +25,7 @@ VECTORS: dict[str, Any] = json.loads((FOLDER / "v1" / "masked_sum.json").read_te
 ROUND, PRIMITIVES = VECTORS["round"], VECTORS["primitives"]
 CLIENTS = ROUND["clients"]
 FRAMES = {(f["direction"], f["stage"], f["client"]): bytes.fromhex(f["frame"]) for f in ROUND["frames"]}
-RING = Ring(ROUND["invite"]["bits"])
+RING = Ring(ROUND["subject"]["bits"])
 
 
 def bytes_of(text: str) -> bytes:
@@ -38,16 +38,24 @@ def invite() -> Invite:
         **{
             **settings,
             "round": bytes_of(settings["round"]),
-            "application": bytes_of(settings["application"]),
             "identities": tuple(bytes_of(client["identity"]) for client in CLIENTS),
         }
     )
 
 
+def subject() -> Subject:
+    settings = ROUND["subject"]
+    return Subject(settings["length"], settings["bits"], bytes_of(settings["application"]))
+
+
+def server() -> MaskedServer:
+    return MaskedServer(invite(), subject())
+
+
 def client(number: int) -> MaskedClient:
     policy, mine = ROUND["policy"], CLIENTS[number]
     assumption = Assumption(policy["corrupt"], policy["dropped"], policy["lying"])
-    task = Task(RING, ROUND["invite"]["length"], bytes_of(ROUND["invite"]["application"]))
+    task = Task(RING, subject().length, subject().application)
     identity = Identity(bytes_of(mine["identity_seed"]))
     assert identity.public == bytes_of(mine["identity"])
     pinned = frozenset(invite().identities)
@@ -73,7 +81,9 @@ def test_most_vectors_are_negative() -> None:
 def test_context_and_transcript() -> None:
     assert invite().context == bytes_of(ROUND["context"])
     roster = messages.read_server_frame(FRAMES["down", 1, 0])[1]
-    assert messages.transcript_of(invite().context, roster) == bytes_of(ROUND["transcript"])
+    transcript = messages.transcript_of(invite().context, roster)
+    assert transcript == bytes_of(ROUND["transcript"])
+    assert messages.sum_transcript(transcript, subject()) == bytes_of(ROUND["sum_transcript"])
 
 
 @pytest.mark.parametrize("number", range(len(CLIENTS)))
@@ -89,20 +99,20 @@ def test_a_client_follows_the_round_byte_for_byte(number: int) -> None:
 
 
 def test_the_server_follows_the_round_byte_for_byte() -> None:
-    server = MaskedServer(invite())
-    sending = dict.fromkeys(range(len(CLIENTS)), server.invite())
+    following = server()
+    sending = dict.fromkeys(range(len(CLIENTS)), following.invite())
     for stage in range(5):
         assert sending == {
             n: frame for (direction, at, n), frame in FRAMES.items() if (direction, at) == ("down", stage)
         }
         for (direction, at, number), frame in FRAMES.items():
             if (direction, at) == ("up", stage):
-                assert server.receive(frame) == number
-        sending = server.close()
-    assert list(server.outcome.survivors) == ROUND["survivors"]
-    assert server.outcome.total.tolist() == ROUND["total"]
-    assert server.outcome.attestation.encoded().hex() == ROUND["attestation"]
-    assert len(server.outcome.attestation.verify(frozenset(invite().identities))) == len(ROUND["survivors"])
+                assert following.receive(frame) == number
+        sending = following.close()
+    assert list(following.outcome.survivors) == ROUND["survivors"]
+    assert following.outcome.total.tolist() == ROUND["total"]
+    assert following.outcome.attestation.encoded().hex() == ROUND["attestation"]
+    assert len(following.outcome.attestation.verify(frozenset(invite().identities))) == len(ROUND["survivors"])
     plain = np.sum([CLIENTS[i]["vector"] for i in ROUND["survivors"]], axis=0) % 2**RING.bits
     assert plain.tolist() == ROUND["total"]
 
@@ -120,16 +130,16 @@ def test_what_must_be_refused_is_refused(case: dict[str, Any]) -> None:
             refusing.receive(frame)
         assert refusing.state is State.FAILED
     else:
-        server = MaskedServer(invite())
+        refusing = server()
         for before in range(stage):
             for (direction, at, _), good in FRAMES.items():
                 if (direction, at) == ("up", before):
-                    server.receive(good)
-            server.close()
+                    refusing.receive(good)
+            refusing.close()
         with pytest.raises(error) as caught:
-            server.receive(frame)
+            refusing.receive(frame)
         # Nothing has changed: the real frame is still welcome.
-        assert server.receive(FRAMES["up", stage, case["client"]]) == case["client"]
+        assert refusing.receive(FRAMES["up", stage, case["client"]]) == case["client"]
     assert type(caught.value) is error
 
 

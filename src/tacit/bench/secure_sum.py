@@ -175,8 +175,7 @@ class _Masked:
         self._lying, self._vectors = lying, _Vectors(n, params, dropout, progress)
         assumption = Assumption(0.1, max(0.1, dropout), True) if lying else Assumption(0.2, max(0.1, dropout), False)
         self._sum = MaskedSum.among(n, Policy(max(3, n // 2), assumption))
-        encoding = self._vectors.encoding
-        self._invite = self._sum.invitation(encoding.ring, encoding.length, range(n))
+        self._invite = self._sum.invitation(range(n))
 
     def run(self) -> SecureSumFigures:
         """One round."""
@@ -190,7 +189,7 @@ class _Masked:
             with meter.client(number):
                 members.append(MaskedClient(identity, pinned, policy, task, Prg.fresh()))
         outcome = run_round(
-            MaskedServer(self._invite),
+            MaskedServer(self._invite, task.subject),
             members,
             vectors.of,
             lambda client, stage: stage is Stage.MASK and client in vectors.dropped,
@@ -208,7 +207,7 @@ class _Masked:
             lying_server=self._lying,
             holders=self._invite.holders,
             threshold=self._invite.threshold,
-            ring_bits=self._invite.bits,
+            ring_bits=encoding.ring.bits,
             client_cpu_s=statistics.mean(seconds),
             client_max_cpu_s=max(seconds),
             encode_cpu_s=statistics.mean(vectors.encode_seconds),

@@ -129,7 +129,7 @@ class _Chain:
         if entry.protocol == "masked":
             masked = Attestation.parse(entry.attestation)
             invite = masked.invite
-            self._check_purpose(entry, invite.application, invite.round)
+            self._check_purpose(entry, masked.subject.application, invite.round)
             survivors = masked.verify(frozenset(pins.clients))
             return Checked(
                 place,

@@ -80,7 +80,7 @@ def _of_run(allow: Allow, settings: config.Config) -> Iterator[str]:
 
 
 def _of_round(allow: Allow, settings: config.Config, begin: Begin) -> Iterator[str]:
-    if bool(begin.invite) != (settings.secure_sum is not None):
+    if bool(begin.frame) != (settings.secure_sum is not None):
         yield "what is asked does not fit the run: it and its configuration differ on whether there is a secure sum"
     if not _plausible(begin.work, begin.round, settings.rounds.number):
         yield f"round {begin.round} of {settings.rounds.number} is not a round of this run"

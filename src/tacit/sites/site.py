@@ -14,14 +14,12 @@ from torch import Tensor
 
 import tacit
 from tacit.dp.ledger import Ledger
-from tacit.errors import BudgetExceeded, CodecError, InputError, PeerError, TacitError, TrainingError
+from tacit.errors import BudgetExceeded, InputError, PeerError, TacitError, TrainingError
 from tacit.federated.algorithm import ServerState
 from tacit.federated.secure_sum.client import MaskedClient, Policy, State, Task
-from tacit.federated.secure_sum.messages import Invite, read_server_frame
 from tacit.federated.secure_sum.ring import Words
 from tacit.federated.transcript import Purpose, model_digest, run_digest, tensors_digest
 from tacit.identity import Identity, key_text
-from tacit.ring.prg import Prg
 from tacit.runs import config
 from tacit.runtimes.flower.federation_file import FederationFile
 from tacit.runtimes.flower.messages import (
@@ -44,6 +42,7 @@ from tacit.sites import policy
 from tacit.sites.config import SiteFile
 from tacit.sites.journal import Journal
 from tacit.sites.memory import SiteMemory
+from tacit.sites.setups import Setups
 from tacit.sites.work import Holding, Study, in_the_clear
 
 _TORCH = threading.Lock()
@@ -69,6 +68,7 @@ class _Open:
     """A question that is being answered in a secure sum."""
 
     begin: Begin
+    study: Study
     client: MaskedClient
     computed: Future[_Computed]
 
@@ -106,6 +106,7 @@ class Site:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="work")
         self._studies: dict[bytes, Study] = {}
         self._rounds: dict[bytes, _Open] = {}
+        self._setups = Setups(identity, frozenset(federation.keys), self._memory, OPEN_ROUNDS)
         self._journal.note(
             "started",
             f"site {file.name}, tacit {tacit.__version__}, {len(self._holding.train)} examples to train on and "
@@ -163,45 +164,62 @@ class Site:
         if begin.work == "moments" and not study.signature.standardised:
             raise InputError("moments of features are asked for, which this run has no use for")
         state = study.fresh if begin.work == "moments" else study.state(_model_round(begin), tensors)
-        client, advert, clients = None, b"", 0
-        if begin.invite:
-            clients = _invited(begin.invite)
-            task = self._task(study, begin, state, clients)
-            pinned, own = frozenset(self._federation.keys), Policy(study.minimum)
-            client = MaskedClient(self._identity, pinned, own, task, Prg.fresh())
-            advert = client.receive(begin.invite) or b""
+        client, frame, clients = None, b"", 0
+        if begin.frame:
+            client = self._setups.client(begin, Policy(study.minimum))
+            new = client.state is State.NEW
+            frame = client.receive(begin.frame) or b"" if new else b""
+            clients = client.invited
+            client.expect(self._task(study, begin, state, clients))
+            if not new:
+                client.receive(begin.frame)
         self._memory.take(begin.attempt, begin.terms.run, begin.round)
         work = self._work(study, begin, state, tensors, clients)
         self._journal.note("agreed", self._in_words(study, clients), begin.terms.run, begin.round, begin.work)
         computed = self._worker.submit(work)
         if client is not None:
-            self._rounds[begin.attempt] = _Open(begin, client, computed)
+            opened = self._rounds[begin.attempt] = _Open(begin, study, client, computed)
             while len(self._rounds) > OPEN_ROUNDS:
                 self._rounds.pop(next(iter(self._rounds)))
-            return Answer(frame=advert), ()
+            return self._answer(opened, frame), ()
         result = computed.result()
         named, sent = pack(result.tensors)
         self._journal.note("sent", result.says, begin.terms.run, begin.round, begin.work)
         return Answer(numbers=result.numbers, disclosed=result.disclosed, tensors=named), sent
 
     def _go(self, go: Go) -> Answer:
-        """The next step of a secure sum."""
-        open_ = self._rounds[go.attempt]
-        begin, client, disclosed = open_.begin, open_.client, {}
+        """The next step of a secure sum, and of setting up the one after it."""
+        opened = self._rounds[go.attempt]
+        begin, client = opened.begin, opened.client
         try:
-            frame = client.receive(go.frame)
-            if client.state is State.READY:
-                result = open_.computed.result()
-                if result.words is None:
-                    raise TrainingError(result.says)
-                frame, disclosed = client.mask(result.words), dict(result.disclosed)
-                self._journal.note("sent", result.says, begin.terms.run, begin.round, begin.work)
+            answer = self._answer(opened, client.receive(go.frame) or b"")
+        finally:
+            if client.state in (State.DONE, State.FAILED):
+                self._rounds.pop(go.attempt, None)
+        if not go.ahead:
+            return answer
+        try:
+            ahead = self._setups.ahead(begin.terms.run, begin.round, Policy(opened.study.minimum), go.ahead)
+        except TacitError as error:
+            self._journal.note("refused", f"the next sum: {error}", begin.terms.run, begin.round, begin.work)
+            return answer
+        return msgspec.structs.replace(answer, ahead=ahead)
+
+    def _answer(self, opened: _Open, frame: bytes) -> Answer:
+        """What the client of a secure sum says: its frame, or its vector if that is due."""
+        begin, client = opened.begin, opened.client
+        if client.state is not State.READY:
+            return Answer(frame=frame)
+        try:
+            result = opened.computed.result()
+            if result.words is None:
+                raise TrainingError(result.says)
+            masked = client.mask(result.words)
         except BaseException:
-            del self._rounds[go.attempt]
+            self._rounds.pop(begin.attempt, None)
             raise
-        if client.state is State.DONE:
-            del self._rounds[go.attempt]
-        return Answer(frame=frame or b"", disclosed=disclosed)
+        self._journal.note("sent", result.says, begin.terms.run, begin.round, begin.work)
+        return Answer(frame=masked, disclosed=dict(result.disclosed))
 
     def _study(self, begin: Begin) -> Study:
         """The run that a question belongs to, if this site takes part in it."""
@@ -316,11 +334,3 @@ def epsilon_text(epsilon: float | None) -> str:
 def _model_round(begin: Begin) -> int:
     """How many rounds the model has been through that comes with a question."""
     return begin.round - 1 if begin.work == "train" else begin.round
-
-
-def _invited(frame: bytes) -> int:
-    """How many clients a secure sum invites."""
-    _, message = read_server_frame(frame)
-    if not isinstance(message, Invite):
-        raise CodecError("a question begins with something else than the invitation to a secure sum")
-    return len(message.identities)

@@ -12,34 +12,51 @@ from tacit import wire
 from tacit.errors import CodecError, PeerError
 from tacit.federated.secure_sum import messages
 from tacit.federated.secure_sum.agreement import verify
-from tacit.federated.secure_sum.messages import MAX_CLIENTS, Client, Confirm, Digest, Invite, Mask, Signature
+from tacit.federated.secure_sum.messages import (
+    MAX_CLIENTS,
+    Client,
+    Confirm,
+    Digest,
+    Invite,
+    Mask,
+    Signature,
+    Subject,
+)
 
 
 class Attestation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The survivors' word on a round.
 
-    A signature says: this client took part under these settings, saw this roster, and was told of these survivors. It
-    does not say that the sum that was published is theirs; ``invite.application`` ties the round to what it was for.
+    A signature says: this client took part under these settings, saw this roster, masked a vector for this subject, and
+    was told of these survivors. It does not say that the sum that was published is theirs; ``subject.application`` ties
+    the round to what it was for.
 
     Args:
         invite: the settings, identities among them.
         transcript: binds settings and roster.
+        subject: what was summed.
         survivors: whose vectors are in the sum.
         signatures: of those who confirmed, by number, ascending.
     """
 
     invite: Invite
     transcript: Digest
+    subject: Subject
     survivors: Mask
     signatures: Annotated[tuple[tuple[Client, Signature], ...], Meta(max_length=MAX_CLIENTS)]
 
     @classmethod
     def of(
-        cls, invite: Invite, transcript: bytes, survivors: Collection[int], signatures: Mapping[int, bytes]
+        cls,
+        invite: Invite,
+        transcript: bytes,
+        subject: Subject,
+        survivors: Collection[int],
+        signatures: Mapping[int, bytes],
     ) -> Attestation:
         """From the server's record of a round."""
         mask = messages.bit_mask(survivors, len(invite.identities))
-        return cls(invite, transcript, mask, tuple(sorted(signatures.items())))
+        return cls(invite, transcript, subject, mask, tuple(sorted(signatures.items())))
 
     def encoded(self) -> bytes:
         """Its one encoding."""
@@ -83,11 +100,11 @@ class Attestation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
             raise PeerError("a signature of the round comes twice, or from a client that did not survive")
         if len(signers) < invite.threshold:
             raise PeerError(f"{len(signers)} survivors signed the round, {invite.threshold} are needed")
-        context = invite.context
+        context, transcript = invite.context, messages.sum_transcript(self.transcript, self.subject)
         for signer, signature in self.signatures:
-            content = messages.encode(Confirm(signer, self.transcript, self.survivors))
+            content = messages.encode(Confirm(signer, transcript, self.survivors))
             if not verify(invite.identities[signer], context, content, signature):
-                raise PeerError(f"client {signer} did not sign this round: settings, roster or survivors were changed")
+                raise PeerError(f"client {signer} did not sign this round: settings, subject or survivors were changed")
         return tuple(invite.identities[client] for client in survivors)
 
     def __repr__(self) -> str:

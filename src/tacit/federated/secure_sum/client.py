@@ -42,6 +42,7 @@ from tacit.federated.secure_sum.messages import (
     Masked,
     Roster,
     Shares,
+    Subject,
     Survivors,
     Unmask,
 )
@@ -96,6 +97,11 @@ class Task:
         if self.length < 1 or len(self.application) != DIGEST_BYTES:
             raise InputError(f"a sum of {self.length} entries under a digest of {len(self.application)} bytes")
 
+    @property
+    def subject(self) -> Subject:
+        """As the server must say it."""
+        return Subject(self.length, self.ring.bits, self.application)
+
 
 class State(Enum):
     """Where a client is in its round."""
@@ -128,7 +134,7 @@ class MaskedClient:
         identity: its long-term key.
         pinned: the identities it accepts in a cohort, its own among them.
         policy: what it insists on.
-        task: what it expects to be asked for.
+        task: what it expects to be asked for; ``None`` while that is not known, see `expect`.
         prg: where its keys, polynomials and choices come from; used by nobody else.
         verify: checks signatures.
     """
@@ -138,19 +144,35 @@ class MaskedClient:
         identity: Identity,
         pinned: frozenset[bytes],
         policy: Policy,
-        task: Task,
+        task: Task | None,
         prg: Prg,
         verify: Verify = verify,
     ) -> None:
         self._verify = verify
         self._identity, self._pinned, self._policy, self._task = identity, pinned, policy, task
         self._secrets: _Secrets | None = _Secrets(prg)
+        self._invited = 0
         self._state = State.NEW
 
     @property
     def state(self) -> State:
         """Where it is in its round."""
         return self._state
+
+    @property
+    def invited(self) -> int:
+        """How many clients the cohort has that it was invited to; 0 before that."""
+        return self._invited
+
+    def expect(self, task: Task) -> None:
+        """Settle what the sum must be of and for, before `Inbox` comes.
+
+        Raises:
+            InputError: it is settled already.
+        """
+        if self._task is not None:
+            raise InputError("what a client's sum is for is settled once")
+        self._task = task
 
     def receive(self, frame: bytes) -> bytes | None:
         """Take a frame from the server.
@@ -192,21 +214,16 @@ class MaskedClient:
         messages.check_invite(invite)
         self._agree_to(invite)
         self._invite, self._context = invite, invite.context
-        self._number = invite.identities.index(self._identity.public)
+        self._invited, self._number = len(invite.identities), invite.identities.index(self._identity.public)
         secrets = self._live()
         advert = Advert(self._number, secrets.mask_pair.public, secrets.seal_pair.public)
         return self._answer(State.ADVERTISED, 0, advert)
 
     def _agree_to(self, invite: Invite) -> None:
-        n, task, policy = len(invite.identities), self._task, self._policy
+        n, policy = len(invite.identities), self._policy
         if self._identity.public not in invite.identities or not self._pinned.issuperset(invite.identities):
             raise InputError(
                 "the cohort holds an identity that is not pinned, or not this client's own: nothing is sent"
-            )
-        if (invite.length, invite.bits, invite.application) != (task.length, task.ring.bits, task.application):
-            raise InputError(
-                f"the round sums {invite.length} residues of {invite.bits} bits, this client has {task.length} of "
-                f"{task.ring.bits}, or they are of different models or encodings: nothing is sent"
             )
         if invite.minimum < policy.minimum:
             raise InputError(f"the round may end with {invite.minimum} vectors, this client wants {policy.minimum}")
@@ -267,6 +284,14 @@ class MaskedClient:
         return Shares(self._number, self._transcript, promise, tuple(sealed))
 
     def _hold(self, inbox: Inbox) -> None:
+        task, subject = self._task, inbox.subject
+        if task is None or subject != task.subject:
+            found = "no" if task is None else f"{task.length} of {task.ring.bits} bits"
+            raise InputError(
+                f"the round sums {subject.length} residues of {subject.bits} bits, this client has {found}, or they "
+                "are of different models or encodings: no vector is sent"
+            )
+        self._subject, self._sum_transcript = subject, messages.sum_transcript(self._transcript, subject)
         sharers = frozenset(messages.members_of(inbox.sharers, len(self._invite.identities)))
         senders = [sender for sender, _, _ in inbox.sealed]
         if self._number not in sharers or not sharers <= self._place.keys():
@@ -308,15 +333,15 @@ class MaskedClient:
             raise InputError(
                 f"a client in state {self._state.name} has no vector to mask: one is due once, after Inbox"
             )
-        ring, secrets = self._task.ring, self._live()
-        ring.require(words, self._task.length)
+        ring, secrets = self._subject.ring, self._live()
+        ring.require(words, self._subject.length)
         try:
             masked = words.copy()
             add_streams(masked, self._masks(secrets))
             packed = ring.pack(ring.reduce_(masked))
             # From here on the two secrets live in their shares only.
             del secrets.mask_pair, secrets.own, secrets.seal_pair
-            message = Masked(self._number, self._transcript, vector_digest(packed))
+            message = Masked(self._number, self._sum_transcript, vector_digest(packed))
             return self._answer(State.MASKED, 2, message, packed)
         except BaseException:
             self._end(State.FAILED)
@@ -324,10 +349,10 @@ class MaskedClient:
 
     def _masks(self, secrets: _Secrets) -> Iterator[tuple[Prg, bool]]:
         """The client's own mask, and those that it shares; the lower number of a pair adds, the other takes away."""
-        yield Prg(self_seed(secrets.own, self._transcript, self._number)), False
+        yield Prg(self_seed(secrets.own, self._sum_transcript, self._number)), False
         for other in self._masking:
             key = self._advert(other).mask_key
-            seed = pair_seed(secrets.mask_pair, key, self._transcript, self._number, other)
+            seed = pair_seed(secrets.mask_pair, key, self._sum_transcript, self._number, other)
             yield Prg(seed), self._number > other
 
     def _confirm(self, message: Survivors) -> bytes:
@@ -337,7 +362,7 @@ class MaskedClient:
         if len(survivors) < self._invite.minimum:
             raise PeerError(f"{len(survivors)} vectors arrived, below the minimum of {self._invite.minimum}")
         self._survivors = survivors
-        return self._answer(State.CONFIRMED, 3, Confirm(self._number, self._transcript, message.survivors))
+        return self._answer(State.CONFIRMED, 3, Confirm(self._number, self._sum_transcript, message.survivors))
 
     def _unmask(self, message: Confirmations) -> bytes:
         signers = [signer for signer, _ in message.signatures]
@@ -347,7 +372,7 @@ class MaskedClient:
             raise PeerError(f"{len(signers)} holders confirmed the survivors, {self._sharing.threshold} are needed")
         mask = messages.bit_mask(self._survivors, len(self._invite.identities))
         for signer, signature in message.signatures:
-            content = messages.encode(Confirm(signer, self._transcript, mask))
+            content = messages.encode(Confirm(signer, self._sum_transcript, mask))
             if not self._verify(self._invite.identities[signer], self._context, content, signature):
                 raise PeerError(
                     f"client {signer} did not confirm these survivors: the server told it of others, or forged"
@@ -356,7 +381,7 @@ class MaskedClient:
             (owner, both[ELEMENT_BYTES:] if owner in self._survivors else both[:ELEMENT_BYTES])
             for owner, both in sorted(self._live().held.items())
         )
-        answer = self._answer(State.DONE, 4, Unmask(self._number, self._transcript, shares))
+        answer = self._answer(State.DONE, 4, Unmask(self._number, self._sum_transcript, shares))
         self._end(State.DONE)
         return answer
 

@@ -163,14 +163,14 @@ class MaskedSum:
         """
         if len(set(cohort)) != len(cohort) or not all(0 <= client < len(self.identities) for client in cohort):
             raise InputError(f"the cohort names a client twice or one that is not among the {len(self.identities)}")
-        invite = self.invitation(ring, length, cohort, application)
+        invite = self.invitation(cohort)
         pinned = frozenset(identity.public for identity in self.identities)
         task = Task(ring, length, application)
         verify = verifying_once()
         clients = [MaskedClient(self.identities[c], pinned, self.policy, task, Prg.fresh(), verify) for c in cohort]
         meter = Meter()
         outcome = run_round(
-            MaskedServer(invite, verify),
+            MaskedServer(invite, task.subject, verify),
             clients,
             lambda number: vector_of(cohort[number]),
             lambda number, stage: self.lost(cohort[number], stage),
@@ -189,22 +189,17 @@ class MaskedSum:
             outcome.attestation.encoded(),
         )
 
-    def invitation(self, ring: Ring, length: int, cohort: Sequence[int], application: bytes = ABOUT_NOTHING) -> Invite:
+    def invitation(self, cohort: Sequence[int]) -> Invite:
         """The settings of a new round, see the function `invitation`."""
-        identities = [self.identities[client].public for client in cohort]
-        return invitation(identities, self.policy, ring, length, application)
+        return invitation([self.identities[client].public for client in cohort], self.policy)
 
 
-def invitation(
-    identities: Sequence[bytes], policy: Policy, ring: Ring, length: int, application: bytes, minimum: int = 0
-) -> Invite:
+def invitation(identities: Sequence[bytes], policy: Policy, minimum: int = 0) -> Invite:
     """The settings of a new round.
 
     Args:
         identities: of the cohort.
         policy: what its clients insist on.
-        ring, length: of the vectors.
-        application: what the sum is for.
         minimum: the fewest vectors in a sum, if it is more than the clients insist on.
 
     Raises:
@@ -218,11 +213,8 @@ def invitation(
     return Invite(
         round=Prg.fresh().bytes(ROUND_BYTES),
         identities=tuple(identities),
-        length=length,
-        bits=ring.bits,
         holders=sharing.holders,
         partners=sharing.partners,
         threshold=sharing.threshold,
         minimum=max(least, sharing.threshold + 1),
-        application=application,
     )

@@ -45,33 +45,41 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return f"{type(self).__name__}(hidden)"
 
 
-class Invite(_Message, frozen=True):
-    """Server to clients: the round's public settings.
+class Subject(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What is summed; settled when vectors are due, so that keys and shares can be exchanged before it is known.
 
     Args:
-        round: a number that no other round has.
-        identities: the cohort's Ed25519 keys; a client's place in the list is its number.
         length: residues in a vector.
         bits: b of the ring Z/2^b.
-        holders, partners, threshold: k, m and t of `tacit.federated.secure_sum.parameters`.
-        minimum: the fewest vectors in a sum.
-        application: a digest of what else the round depends on, such as the model and the encoding.
+        application: a digest of what else the sum depends on, such as the model and the encoding.
     """
 
-    round: Annotated[bytes, Meta(min_length=ROUND_BYTES, max_length=ROUND_BYTES)]
-    identities: Annotated[tuple[Key, ...], Meta(min_length=2, max_length=MAX_CLIENTS)]
     length: Annotated[int, Meta(ge=1, le=MAX_LENGTH)]
     bits: Annotated[int, Meta(ge=2, le=32)]
-    holders: Count
-    partners: Count
-    threshold: Count
-    minimum: Count
     application: Digest
 
     @property
     def ring(self) -> Ring:
         """Z/2^b."""
         return Ring(self.bits)
+
+
+class Invite(_Message, frozen=True):
+    """Server to clients: who takes part, and how secrets are shared among them.
+
+    Args:
+        round: a number that no other round has.
+        identities: the cohort's Ed25519 keys; a client's place in the list is its number.
+        holders, partners, threshold: k, m and t of `tacit.federated.secure_sum.parameters`.
+        minimum: the fewest vectors in a sum.
+    """
+
+    round: Annotated[bytes, Meta(min_length=ROUND_BYTES, max_length=ROUND_BYTES)]
+    identities: Annotated[tuple[Key, ...], Meta(min_length=2, max_length=MAX_CLIENTS)]
+    holders: Count
+    partners: Count
+    threshold: Count
+    minimum: Count
 
     @property
     def sharing(self) -> Sharing:
@@ -99,17 +107,19 @@ class Roster(_Message, frozen=True):
 
 
 class Inbox(_Message, frozen=True):
-    """Server to one client: the shares it is to hold.
+    """Server to one client: the shares it is to hold, and what it is to send a vector for.
 
     Args:
         context: of the round.
         sharers: the clients whose shares arrived at the server.
         sealed: of each client that picked this one: its number, whether it is a partner, its sealed shares.
+        subject: of the sum.
     """
 
     context: Digest
     sharers: Mask
     sealed: Annotated[tuple[tuple[Client, bool, Sealed], ...], Meta(max_length=MAX_CLIENTS)]
+    subject: Subject
 
 
 class Survivors(_Message, frozen=True):
@@ -151,7 +161,7 @@ class Shares(_Message, frozen=True):
 
 
 class Masked(_Message, frozen=True):
-    """A client's masked vector, which travels packed in the frame's payload."""
+    """A client's masked vector, which travels packed in the frame's payload; from here on transcripts are the sum's."""
 
     sender: Client
     transcript: Digest
@@ -190,14 +200,19 @@ _from_client = msgspec.msgpack.Decoder(FromClient)
 _envelope = msgspec.msgpack.Decoder(Signed)
 
 
-def encode(message: FromServer | FromClient | Signed) -> bytes:
+def encode(message: FromServer | FromClient | Signed | Subject) -> bytes:
     """A message's one encoding."""
     return _encoder.encode(message)
 
 
 def transcript_of(context: bytes, roster: Roster) -> bytes:
-    """What binds the later messages to the settings and to the keys that were advertised."""
+    """What binds shares to the settings and to the keys that were advertised."""
     return digest(b"transcript", context, encode(roster))
+
+
+def sum_transcript(transcript: bytes, subject: Subject) -> bytes:
+    """What binds masks, and all that is signed from there on, to what is summed as well."""
+    return digest(b"sum", transcript, encode(subject))
 
 
 def bit_mask(clients: Iterable[int], cohort: int) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
 
-from tacit.errors import PeerError
+from tacit.errors import InputError, PeerError
 from tacit.federated.secure_sum import messages
 from tacit.federated.secure_sum.agreement import KeyPair, Verify, commitment, pair_seed, self_seed, verify
 from tacit.federated.secure_sum.attestation import Attestation
@@ -32,6 +32,7 @@ from tacit.federated.secure_sum.messages import (
     Masked,
     Roster,
     Shares,
+    Subject,
     Survivors,
     Unmask,
 )
@@ -89,14 +90,15 @@ class MaskedServer:
     """The server in one round.
 
     Args:
-        invite: the round's settings.
+        invite: who takes part, and how secrets are shared among them.
+        subject: what is summed; ``None`` while that is not known, see `about`.
         verify: checks signatures.
 
     Raises:
         InputError: they contradict each other.
     """
 
-    def __init__(self, invite: Invite, verify: Verify = verify) -> None:
+    def __init__(self, invite: Invite, subject: Subject | None = None, verify: Verify = verify) -> None:
         self._verify = verify
         messages.check_invite(invite)
         self._invite, self._context = invite, invite.context
@@ -105,7 +107,7 @@ class MaskedServer:
         self._arrived: dict[int, FromClient] = {}
         self._signatures: dict[int, bytes] = {}
         self._lost: dict[int, str] = {}
-        self._total = invite.ring.zeros(invite.length)
+        self._subject = subject
         self._survivors: frozenset[int] = frozenset()
         self._weights: dict[tuple[int, ...], list[int]] = {}
         self._outcome: Outcome | None = None
@@ -114,6 +116,11 @@ class MaskedServer:
     def stage(self) -> Stage:
         """What the server waits for."""
         return self._stage
+
+    @property
+    def settings(self) -> Invite:
+        """Who takes part, and how secrets are shared among them."""
+        return self._invite
 
     @property
     def awaited(self) -> frozenset[int]:
@@ -147,6 +154,16 @@ class MaskedServer:
             raise PeerError(f"the round is in stage {self._stage.name} and has no sum")
         return self._outcome
 
+    def about(self, subject: Subject) -> None:
+        """Settle what is summed, before the stage SHARE is closed.
+
+        Raises:
+            InputError: it is settled already.
+        """
+        if self._subject is not None:
+            raise InputError("what a round sums is settled once")
+        self._subject = subject
+
     def invite(self) -> bytes:
         """The frame that every client of the cohort is sent first."""
         return messages.server_frame(0, self._invite)
@@ -162,7 +179,8 @@ class MaskedServer:
             PeerError: it is not due, is not signed by its sender, belongs to another round or breaks the protocol.
                 The round goes on as if it had not come.
         """
-        limit = 4 * self._invite.ring.packed_size(self._invite.length) if self._stage is Stage.MASK else 0
+        subject = self._subject if self._stage is Stage.MASK else None
+        limit = 4 * subject.ring.packed_size(subject.length) if subject else 0
         stage, message, envelope, packed = messages.read_client_frame(frame, limit)
         sender = message.sender
         if stage != self._stage or not isinstance(message, _EXPECTED.get(self._stage, ())):
@@ -174,7 +192,7 @@ class MaskedServer:
                 f"a message {type(message).__name__} is not signed by client {sender}, or is of another round"
             )
         if not isinstance(message, Advert) and message.transcript != self._transcript:
-            raise PeerError(f"client {sender} was shown another roster")
+            raise PeerError(f"client {sender} was shown another roster, or another subject")
         self._check(message, packed)
         self._arrived[sender] = message
         if isinstance(message, Advert | Confirm):
@@ -198,7 +216,7 @@ class MaskedServer:
             case Masked():
                 if packed is None or vector_digest(packed) != message.digest:
                     raise PeerError(f"the vector of client {sender} is not the one it signed")
-                self._invite.ring.add_packed(packed, self._total)
+                self._ring.add_packed(packed, self._total)
             case Confirm():
                 if message.survivors != messages.bit_mask(self._survivors, len(self._invite.identities)):
                     raise PeerError(f"client {sender} confirms another set of survivors")
@@ -216,9 +234,12 @@ class MaskedServer:
 
         Raises:
             PeerError: too few clients are left, or shares are wrong: the round is over and there is no sum.
+            InputError: vectors would be due, and what is summed is not settled.
         """
         if self._stage not in _EXPECTED:
             raise PeerError(f"the round is in stage {self._stage.name}: nothing is left to close")
+        if self._stage is Stage.SHARE:
+            self._settled()
         arrived, self._arrived = self._arrived, {}
         if self._stage in _LOST:
             self._lost |= dict.fromkeys(self._awaited - arrived.keys(), _LOST[self._stage])
@@ -235,11 +256,16 @@ class MaskedServer:
         self._stage, self._awaited = Stage(self._stage + 1), frozenset(arrived)
         return frames
 
+    def _settled(self) -> Subject:
+        if self._subject is None:
+            raise InputError("vectors cannot be asked for before it is settled what they are of")
+        return self._subject
+
     def _finish(self, arrived: dict[int, FromClient]) -> dict[int, bytes]:
         if self._stage is Stage.ADVERTISE:
             return self._roster(_only(Advert, arrived))
         if self._stage is Stage.SHARE:
-            return self._inboxes(_only(Shares, arrived))
+            return self._inboxes(_only(Shares, arrived), self._settled())
         if self._stage is Stage.MASK:
             self._survivors = frozenset(arrived)
             mask = messages.bit_mask(self._survivors, len(self._invite.identities))
@@ -260,7 +286,10 @@ class MaskedServer:
         self._signatures = {}
         return dict.fromkeys(members, messages.server_frame(1, roster))
 
-    def _inboxes(self, shares: dict[int, Shares]) -> dict[int, bytes]:
+    def _inboxes(self, shares: dict[int, Shares], subject: Subject) -> dict[int, bytes]:
+        self._ring, self._total = subject.ring, subject.ring.zeros(subject.length)
+        self._roster_transcript = self._transcript
+        self._transcript = messages.sum_transcript(self._roster_transcript, subject)
         boxes: dict[int, list[tuple[int, bool, bytes]]] = {client: [] for client in shares}
         self._holders: dict[int, tuple[int, ...]] = {}
         self._partners: dict[int, set[int]] = {client: set() for client in shares}
@@ -276,7 +305,8 @@ class MaskedServer:
         self._held = {client: {owner for owner, _, _ in held} for client, held in boxes.items()}
         mask = messages.bit_mask(shares, len(self._invite.identities))
         return {
-            client: messages.server_frame(2, Inbox(self._context, mask, tuple(held))) for client, held in boxes.items()
+            client: messages.server_frame(2, Inbox(self._context, mask, tuple(held), subject))
+            for client, held in boxes.items()
         }
 
     def _confirmations(self, arrived: Iterable[int]) -> dict[int, bytes]:
@@ -293,8 +323,10 @@ class MaskedServer:
             for owner, share in answer.shares:
                 held[owner][holder + 1] = share
         add_streams(self._total, self._left_masks(held))
-        total = self._invite.ring.reduce_(self._total)
-        attestation = Attestation.of(self._invite, self._transcript, self._survivors, self._signatures)
+        total = self._ring.reduce_(self._total)
+        attestation = Attestation.of(
+            self._invite, self._roster_transcript, self._settled(), self._survivors, self._signatures
+        )
         self._outcome = Outcome(total, tuple(sorted(self._survivors)), dict(self._lost), attestation)
 
     def _left_masks(self, held: dict[int, dict[int, bytes]]) -> Iterator[tuple[Prg, bool]]:
@@ -310,7 +342,7 @@ class MaskedServer:
 
         def own_secret(element: int) -> bytes | None:
             own = element.to_bytes(ELEMENT_BYTES, "big")[-SEED_BYTES:]
-            return own if commitment(own, self._transcript, client) == self._commitments[client] else None
+            return own if commitment(own, self._roster_transcript, client) == self._commitments[client] else None
 
         own = self._reconstructed(client, shares, own_secret)
         return Prg(self_seed(own, self._transcript, client))

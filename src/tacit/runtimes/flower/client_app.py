@@ -5,14 +5,17 @@ so that whoever runs the SuperLink can follow a round in its log.
 
 ========================  ==========================================================================================
 ``query.hello``           who is there
-``train.begin``           train on the model that comes with it: the answer, or in a secure sum the keys for it
+``train.begin``           train on the model that comes with it: the answer, or in a secure sum the keys for it; the
+                          masked vector where the sum was set up ahead
 ``evaluate.begin``        try the model on what the site keeps back; likewise
 ``query.begin``           count and add up features, for standardising them; likewise
 ``query.share``           secure sum: here is who takes part, give their shares
 ``query.mask``            here are your shares, give your masked vector; it is waited for until training is done
-``query.confirm``         these are the survivors: agreed?
-``query.unmask``          all agreed: give what takes the survivors' masks away
+``query.confirm``         these are the survivors: agreed? And give keys for the next sum
+``query.unmask``          all agreed: give what takes the survivors' masks away. And give shares for the next sum
 ========================  ==========================================================================================
+
+So a secure sum takes five exchanges, or three where the one before set it up: begin, confirm and unmask.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def client_app(participant: Participant) -> ClientApp:
     app = ClientApp()
 
     def handle(message: Message, context: Context) -> Message:
-        return Message(content_of(participant.answer(frame_of(message))), reply_to=message)
+        return Message(content_of(participant.answer(frame_of(message)), shared=False), reply_to=message)
 
     for name in ("hello", "begin", *(kind.removeprefix("query.") for kind in STAGES.values())):
         app.query(name)(handle)
@@ -61,13 +64,16 @@ def client_app(participant: Participant) -> ClientApp:
     return app
 
 
-def content_of(frame: bytes) -> RecordDict:
+def content_of(frame: bytes, shared: bool = True) -> RecordDict:
     """A frame as the content of a message of Flower's.
 
-    A large payload is a record of its own: Flower stores equal records once, whoever they are sent to.
+    Args:
+        frame: the bytes.
+        shared: whether others are sent the same payload: a large one is a record of its own then, since Flower stores
+            equal records once. Each record costs whoever fetches it a request.
     """
     prefix = wire.parse_prefix(frame[: wire.PREFIX_BYTES])
-    at = len(frame) - prefix.payload_bytes if prefix.payload_bytes > APART else len(frame)
+    at = len(frame) - prefix.payload_bytes if shared and prefix.payload_bytes > APART else len(frame)
     content = RecordDict({HEAD: ConfigRecord({BYTES: frame[:at]})})
     if at < len(frame):
         content[PAYLOAD] = ConfigRecord({BYTES: frame[at:]})

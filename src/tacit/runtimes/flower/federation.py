@@ -141,8 +141,9 @@ class SiteFederation(Federation):
             PeerError: too few sites answered.
         """
         tally = Tally.of_moments(self._most_examples or UNKNOWN, features)
-        state = self._snapshot.state
-        count, *sums = self.sites.tally("moments", state, model_digest(state), tally, self._there(0))
+        state, there = self._snapshot.state, self._there(0)
+        self._expect(self.round + 1, there)
+        count, *sums = self.sites.tally("moments", state, model_digest(state), tally, there)
         totals = torch.tensor(sums, dtype=torch.float64).view(2, features)
         moments = Moments(round(count), totals[0], totals[1])
         self.sites.inputs = {"mean": moments.mean, "std": moments.std}
@@ -150,13 +151,22 @@ class SiteFederation(Federation):
 
     def _plan(self, number: int) -> tuple[Schedule, str]:
         there = self._there(number)
-        eligible = torch.zeros(len(self._sizes), dtype=torch.bool)
-        eligible[list(there)] = True
         if len(there) < self._needed:
             reason = f"{self._needed} sites are needed, and {len(there)} are there"
             return Schedule((), {}, 0.0, 0.0), reason
+        self._expect(number + 1, there)
+        return Schedule(self._selected(number, there), {}, 0.0, 0.0), ""
+
+    def _selected(self, number: int, there: Sequence[int]) -> tuple[int, ...]:
+        """The sites that a round invites, of those that are there."""
+        eligible = torch.zeros(len(self._sizes), dtype=torch.bool)
+        eligible[list(there)] = True
         generator = generator_for(self._seed, "round", number, "cohort")
-        return Schedule(self._selection.select(number, self._sizes, eligible, generator), {}, 0.0, 0.0), ""
+        return self._selection.select(number, self._sizes, eligible, generator)
+
+    def _expect(self, number: int, there: Sequence[int]) -> None:
+        """Say whom a round will invite if nobody comes or goes, so that its sum can be set up ahead."""
+        self.sites.expected = tuple(sorted(self._selected(number, there)))
 
     @property
     def _needed(self) -> int:

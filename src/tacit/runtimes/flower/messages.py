@@ -23,7 +23,7 @@ from tacit import wire
 from tacit.errors import CodecError, PeerError
 from tacit.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, key_text, verify
 
-PROTOCOL = 1
+PROTOCOL = 2
 """What both ends must speak; counted up by changes that others would misunderstand."""
 
 DIGEST_BYTES = 32
@@ -90,7 +90,8 @@ class Begin(_Message, frozen=True):
         attempt: a number that no other `Begin` has.
         work: what is asked for.
         previous: of the round's `tacit.federated.transcript.Purpose`; the site knows the rest of it.
-        invite: the frame that begins a secure sum; empty to ask for the answer itself.
+        frame: the server's in a secure sum: one that invites to it, or what follows where it was set up ahead; empty
+            to ask for the answer itself.
         counted: the last round whose update of this site was used; 0 for none.
         tensors: of the global model and what goes with it, see `pack`.
     """
@@ -100,16 +101,23 @@ class Begin(_Message, frozen=True):
     attempt: Nonce
     work: Work
     previous: Digest
-    invite: Annotated[bytes, Meta(max_length=1 << 24)]
+    frame: Annotated[bytes, Meta(max_length=1 << 30)]
     counted: Count
     tensors: Named = ()
 
 
 class Go(_Message, frozen=True):
-    """Coordinator to site: the server's next frame in the secure sum that an attempt began."""
+    """Coordinator to site: the server's next frame in the secure sum that an attempt began.
+
+    Args:
+        attempt: that began it.
+        frame: the server's.
+        ahead: the server's frame in the next sum, which is set up meanwhile; empty for none.
+    """
 
     attempt: Nonce
     frame: Annotated[bytes, Meta(max_length=1 << 30)]
+    ahead: Annotated[bytes, Meta(max_length=1 << 30)] = b""
 
 
 class Here(_Message, frozen=True):
@@ -139,12 +147,14 @@ class Answer(_Message, frozen=True):
 
     Args:
         frame: of the secure sum; empty in an answer in the clear.
+        ahead: of the next sum; empty if nothing was asked of it, or the site has no part in it.
         numbers: of an answer in the clear: counts and sums, by name.
         disclosed: what the site chooses to tell of itself, by name, such as the ε that it has spent.
         tensors: of an answer in the clear, see `pack`.
     """
 
     frame: Annotated[bytes, Meta(max_length=1 << 32)] = b""
+    ahead: Annotated[bytes, Meta(max_length=1 << 30)] = b""
     numbers: Mapping[str, float] = msgspec.field(default_factory=dict)
     disclosed: Mapping[str, float] = msgspec.field(default_factory=dict)
     tensors: Named = ()

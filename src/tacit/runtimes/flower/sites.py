@@ -14,11 +14,14 @@ from tacit.federated.devices_schedule import RoundPolicy
 from tacit.federated.secure_sum.client import Policy
 from tacit.federated.secure_sum.interface import ABOUT_NOTHING, Opening, Summed, VectorOf, unannounced
 from tacit.federated.secure_sum.masked import invitation
+from tacit.federated.secure_sum.messages import Invite, Subject
 from tacit.federated.secure_sum.parameters import choose
 from tacit.federated.secure_sum.ring import Ring
+from tacit.federated.secure_sum.server import MaskedServer
 from tacit.federated.transcript import BEGINNING
 from tacit.ring.prg import Prg
 from tacit.runtimes.executors import Job, Outcome
+from tacit.runtimes.flower.ahead import Ahead
 from tacit.runtimes.flower.asking import Asking, Heard
 from tacit.runtimes.flower.client_app import BEGIN
 from tacit.runtimes.flower.messages import NONCE_BYTES, Begin, Terms, Work, pack
@@ -61,8 +64,11 @@ class Sites:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     previous: bytes = field(default=BEGINNING, init=False)
     """The digest of the transcript's last entry, which the sites' signatures are to cover."""
+    expected: tuple[int, ...] = field(default=(), init=False)
+    """The sites that the next round will have if nobody comes or goes; a sum among all of them sets theirs up."""
     _state: ServerState | None = field(default=None, init=False)
     _counted: dict[int, int] = field(default_factory=dict, init=False)
+    _ahead: Ahead | None = field(default=None, init=False)
 
     def run(self, algorithm: Algorithm, state: ServerState, jobs: Sequence[Job], seed: int) -> Iterator[Outcome]:
         """See `Executor`."""
@@ -111,10 +117,10 @@ class Sites:
         summed = self._sum(work, state.round, state, encoding.ring, encoding.length, cohort, application)
         return list(tally.decode(summed.total, len(cohort)))
 
-    def _begin(self, work: Work, round: int, state: ServerState, attempt: bytes, invite: bytes, site: int) -> Begin:
+    def _begin(self, work: Work, round: int, state: ServerState, attempt: bytes, frame: bytes, site: int) -> Begin:
         named, _ = pack(self._sent(work, state))
         previous = self.previous if work == "train" else BEGINNING
-        return Begin(self.terms, round, attempt, work, previous, invite, self._counted.get(site, 0), named)
+        return Begin(self.terms, round, attempt, work, previous, frame, self._counted.get(site, 0), named)
 
     def _sent(self, work: Work, state: ServerState) -> dict[str, Tensor]:
         """What travels with a question."""
@@ -176,19 +182,46 @@ class Sites:
         application: bytes,
         opening: Opening = unannounced,
     ) -> Summed:
-        """One secure sum among sites."""
-        if self.policy is None:
-            raise InputError("these sites answer in the clear: a secure sum needs a policy that they insist on")
+        """One secure sum among sites, which sets up the next one if it can."""
         attempt, (_, tensors) = Prg.fresh().bytes(NONCE_BYTES), pack(self._sent(work, state))
-        identities = [self.terms.sites[site] for site in cohort]
-        policy = _sparing(self.policy, len(cohort))
-        invite = invitation(identities, policy, ring, length, application, self.rounds.minimum)
+        server = self._server(tuple(cohort))
+        server.about(Subject(length, ring.bits, application))
 
         def begin_of(site: int, frame: bytes) -> tuple[Begin, tuple[Tensor, ...]]:
             return self._begin(work, round, state, attempt, frame, site), tensors
 
         close_at = self.rounds.close_at if work == "train" else None
-        return SiteSum(self.asking, BEGIN[work], round, cohort, attempt, begin_of, close_at, opening).run(invite)
+        following = self._following(tuple(cohort))
+        summing = SiteSum(self.asking, BEGIN[work], round, cohort, attempt, begin_of, close_at, opening, following)
+        summed = summing.run(server)
+        if following is not None and following.ready:
+            self._ahead = following
+        return summed
+
+    def _server(self, cohort: tuple[int, ...]) -> MaskedServer:
+        """The server of a sum that begins: the one that was set up, if it is of this cohort."""
+        ahead = self._ahead
+        if ahead is None or ahead.cohort != cohort:
+            return MaskedServer(self._invite(cohort))
+        self._ahead = None
+        return ahead.server
+
+    def _following(self, cohort: tuple[int, ...]) -> Ahead | None:
+        """The sum to set up while one among this cohort goes on; sites keep one, so it takes the place of any other."""
+        expected = self.expected
+        if not set(cohort).issuperset(expected) or len(expected) < self.minimum:
+            return None
+        if self._ahead is not None and self._ahead.cohort == expected:
+            return None
+        self._ahead = None
+        return Ahead(expected, self._invite(expected))
+
+    def _invite(self, cohort: Sequence[int]) -> Invite:
+        """The settings of a new sum."""
+        if self.policy is None:
+            raise InputError("these sites answer in the clear: a secure sum needs a policy that they insist on")
+        identities = [self.terms.sites[site] for site in cohort]
+        return invitation(identities, _sparing(self.policy, len(cohort)), self.rounds.minimum)
 
 
 def _sparing(policy: Policy, cohort: int) -> Policy:

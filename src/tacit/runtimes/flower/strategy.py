@@ -1,8 +1,8 @@
 """Flower's ``Strategy`` around tacit's rounds.
 
-Flower's own loop sends each node one message a round and aggregates the replies. A round with a secure sum takes five
-exchanges, each made of the answers to the one before, so `Rounds` has a loop of its own: it is `Federation.advance`,
-as in the simulator, over sites that a `Grid` reaches. In a ServerApp::
+Flower's own loop sends each node one message a round and aggregates the replies. A round with a secure sum takes three
+exchanges, the first one five, each made of the answers to the one before, so `Rounds` has a loop of its own: it is
+`Federation.advance`, as in the simulator, over sites that a `Grid` reaches. In a ServerApp::
 
     app = ServerApp()
 

@@ -1,4 +1,7 @@
-"""A secure sum among sites: the server's state machine, its frames carried as questions and answers."""
+"""A secure sum among sites: the server's state machine, its frames carried as questions and answers.
+
+The last two stages also carry what sets up the sum after it, see `tacit.runtimes.flower.ahead`.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from torch import Tensor
 
 from tacit.errors import PeerError
 from tacit.federated.secure_sum.interface import Opening, Safeguards, Summed, Traffic
-from tacit.federated.secure_sum.messages import Invite
 from tacit.federated.secure_sum.server import MaskedServer, Stage
+from tacit.runtimes.flower.ahead import Ahead
 from tacit.runtimes.flower.asking import Asking, Heard
 from tacit.runtimes.flower.client_app import STAGES
 from tacit.runtimes.flower.messages import Begin, Go
 
 Requests = dict[int, tuple[Begin | Go, tuple[Tensor, ...]]]
 BeginOf = Callable[[int, bytes], tuple[Begin, tuple[Tensor, ...]]]
-"""What a site, by its index, is asked first, given the frame that invites it to the sum."""
+"""What a site, by its index, is asked first, given the server's first frame for it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class SiteSum:
         begin_of: the first question.
         close_at: take no more vectors than so many; ``None`` for all.
         opening: told whose vectors are summed before anybody can see the sum.
+        following: the sum to set up meanwhile; ``None`` for none.
     """
 
     asking: Asking
@@ -43,16 +47,21 @@ class SiteSum:
     begin_of: BeginOf
     close_at: int | None
     opening: Opening
+    following: Ahead | None = None
 
-    def run(self, invite: Invite) -> Summed:
+    def run(self, server: MaskedServer) -> Summed:
         """Run it to its end.
+
+        Args:
+            server: new, or one that was set up ahead; what is summed is settled.
 
         Raises:
             PeerError: too few sites are left: nothing is revealed. `Asking.lost` says what became of the others.
         """
-        server, down = MaskedServer(invite), dict(self.asking.board.down)
-        up = dict.fromkeys(self.cohort, 0)
-        requests: Requests = {site: self.begin_of(site, server.invite()) for site in self.cohort}
+        up, down = dict.fromkeys(self.cohort, 0), dict(self.asking.board.down)
+        numbers = range(len(self.cohort))
+        first = server.close() if server.stage is Stage.SHARE else dict.fromkeys(numbers, server.invite())
+        requests: Requests = {site: self.begin_of(site, first[number]) for number, site in enumerate(self.cohort)}
         kind = self.kind
         while server.stage is not Stage.DONE:
             self._stage(server, kind, requests, up)
@@ -60,8 +69,10 @@ class SiteSum:
             if server.stage is Stage.CONFIRM:
                 self.opening(tuple(self.cohort[number] for number in server.survivors))
             kind = STAGES.get(server.stage, "")
-            requests = {self.cohort[number]: (Go(self.attempt, frame), ()) for number, frame in frames.items()}
-        outcome, lost = server.outcome, self.asking.lost
+            asked = {self.cohort[number]: frame for number, frame in frames.items()}
+            ahead = {} if self.following is None else self.following.questions(server.stage, asked)
+            requests = {site: (Go(self.attempt, asked[site], ahead.get(site, b"")), ()) for site in asked}
+        outcome, invite, lost = server.outcome, server.settings, self.asking.lost
         return Summed(
             outcome.total,
             tuple(self.cohort[number] for number in outcome.survivors),
@@ -81,6 +92,11 @@ class SiteSum:
             if self.cohort[number := server.receive(heard.answer.frame)] != site:
                 raise PeerError(f"its frame is that of client {number}")
             up[site] += heard.nbytes
+            if self.following is not None and heard.answer.ahead:
+                try:
+                    self.following.hear(site, heard.answer.ahead)
+                except PeerError as error:
+                    self.asking.board.say(f"site {site} does not set up the next sum as it should: {error}")
 
         seconds = self.asking.timing.work if working else None
         asked = self.asking.ask(kind, self.round, dict(requests), enough, seconds, take)
