@@ -13,6 +13,7 @@ from tacit.party.channel import BUFFERED_BYTES, Channel
 from tacit.party.cluster_file import ClusterFile
 from tacit.party.session import Caller, Session
 from tacit.party.session_messages import Purpose
+from tacit.party.streams import tune
 from tacit.wire import Kind
 
 
@@ -80,6 +81,7 @@ async def _dial(cluster: ClusterFile, party: str, identity: Identity) -> Channel
         raise tls.refusal(error, where, identity) from None
     except OSError as error:
         raise PeerError(f"{where} cannot be reached: {error.strerror or 'no answer'}") from None
+    tune(writer.get_extra_info("socket"))
     try:
         tls.authenticated(writer.get_extra_info("ssl_object"), {party: member.public})
     except PeerError:

@@ -27,6 +27,7 @@ from tacit.party.logs import Log
 from tacit.party.metrics import Metrics
 from tacit.party.session import Called, Session, permitted
 from tacit.party.session_messages import Purpose, refusal
+from tacit.party.streams import tune
 from tacit.wire import Kind
 
 MAX_SESSIONS = 64
@@ -125,7 +126,7 @@ class Entrance:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=BUFFERED_BYTES)
         protocol = asyncio.StreamReaderProtocol(reader)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(sock)
         try:
             transport, _ = await loop.connect_accepted_socket(lambda: protocol, sock, ssl=self._context)
         except ssl.SSLError as error:

@@ -212,14 +212,21 @@ class Encrypted:
                 self._sock.send(self._encrypted.read())
 
 
+def tune(sock: socket.socket) -> None:
+    """Have a connection over TCP send at once, and notice that the other machine is gone.
+
+    A peer that is silent for long may be idle, or cut off without a word: the kernel asks, and breaks the link.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def _prepared(sock: socket.socket) -> socket.socket:
     sock.setblocking(False)
     if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A peer that is silent for long may be idle, or its machine may be gone: the kernel asks, and breaks the link.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE.items():
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        tune(sock)
     return sock
 
 
