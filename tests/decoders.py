@@ -215,7 +215,7 @@ _OWNER = _serving(
     messages.List(),
 )  # fmt: skip
 _OWNER_REPLY = _serving(messages.owner_replies, messages.Pulled(b"part"))
-_FROM_ALICE = _serving(messages.from_alice, messages.Trimmed([TICKET]))
+_FROM_ALICE = _serving(messages.from_alice, messages.Trimmed([TICKET], [TICKET]))
 _FROM_BOB = _serving(messages.from_bob, messages.Trim([TICKET]))
 _SERVING = ("tacit.party.messages", "tacit.wire")
 

@@ -162,7 +162,7 @@ class Bob(Party):
         threading.Thread(target=refilling.run, daemon=True).start()
         persevering(lambda: self.session(store, model, refilling))
 
-    def never(self, tickets: list[Ticket]) -> None:
+    def never(self, tickets: list[Ticket]) -> list[Ticket]:
         raise AssertionError("nothing is to be trimmed")
 
     def session(self, store: PoolStore, model: LoadedModel, refilling: Refilling) -> None:

@@ -262,9 +262,9 @@ def test_bob_keeps_his_pool_filled_and_makes_room(trio: Trio, pushed: Push) -> N
     trio.connect_alice()
     trimmed: list[Ticket] = []
 
-    def trim(tickets: list[Ticket]) -> None:
+    def trim(tickets: list[Ticket]) -> list[Ticket]:
         trimmed.extend(tickets)
-        trio.alice.discard(tickets)
+        return trio.alice.discard_ready(tickets)
 
     refilling = Refilling(trio.connect_bob, trio.bob, trim)
     refilling.want(trio.models[1], {4: 6})
@@ -297,6 +297,35 @@ def test_bob_keeps_his_pool_filled_and_makes_room(trio: Trio, pushed: Push) -> N
     assert refilling.trouble == ""
 
 
+def test_bob_keeps_what_alice_has_taken_already_when_he_makes_room(trio: Trio, pushed: Push) -> None:
+    """She has told him which tickets she took, and he has not heard it yet."""
+    trio.connect_alice()
+    size = ticket_bytes(trio.models[1], 4)
+    trio.bob.limit_bytes = 3 * size
+    fetch(trio.connect_bob(), trio.bob, trio.models[1], Want(pushed.digest, 4, 3))
+    taken = trio.alice.lease(pushed.digest, 4, 2)
+    asked: list[list[Ticket]] = []
+
+    def trim(tickets: list[Ticket]) -> list[Ticket]:
+        asked.append(tickets)
+        return trio.alice.discard_ready(tickets)
+
+    refilling = Refilling(trio.connect_bob, trio.bob, trim)
+    refilling.want(trio.models[1], {1: 9})
+    wait = running(refilling.run)
+    for _ in range(2000):
+        if trio.alice.levels().get((pushed.digest, 1)):
+            break
+        threading.Event().wait(0.01)
+    refilling.stop()
+    wait()
+    assert {*taken} & {ticket for tickets in asked for ticket in tickets}, "they were not among those to throw away"
+    trio.bob.claim(taken)
+    for ticket in taken:
+        for store, model in zip((trio.alice, trio.bob), trio.models, strict=True):
+            model.expand(4, *store.read(ticket))
+
+
 def test_bob_goes_on_when_the_provider_is_away_for_a_while(trio: Trio, pushed: Push) -> None:
     trio.connect_alice()
     reached = threading.Event()
@@ -321,7 +350,7 @@ def test_bob_goes_on_when_the_provider_is_away_for_a_while(trio: Trio, pushed: P
         reached.set()
         return trio.connect_bob()
 
-    refilling = Refilling(dial, trio.bob, lambda tickets: None)
+    refilling = Refilling(dial, trio.bob, lambda tickets: [])
     refilling.want(trio.models[1], {1: 2})
     wait = running(refilling.run)
     assert reached.wait(20)

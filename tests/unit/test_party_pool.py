@@ -431,6 +431,19 @@ def test_parties_reconcile_what_a_crash_or_an_old_copy_left(tmp_path: Path) -> N
     bob.close()
 
 
+def test_what_was_taken_is_not_thrown_away_with_what_is_ready(tmp_path: Path) -> None:
+    store = filled(tmp_path, range(4))
+    assert store.lease(MODEL, 8) == [ticket(0)]
+    assert store.discard_ready([ticket(3), ticket(0), ticket(9), ticket(1)]) == [ticket(3), ticket(1)]
+    assert store.serials(MODEL, 8) == [2]
+    assert holds(store, ticket(0)), "whoever took it has it still"
+    assert store.discard_ready([ticket(0), ticket(3)]) == []
+    store.claim([ticket(2)])
+    assert holds(store, ticket(2))
+    assert (files(tmp_path), store.nbytes) == (set(), 0)
+    store.close()
+
+
 def test_a_full_disk_leaves_nothing_behind_and_the_pool_goes_on(tmp_path: Path) -> None:
     store = filled(tmp_path, range(2))
     large = [Prg(bytes(16)).words((1 << 12,))]

@@ -79,5 +79,31 @@ def test_batches_run_and_a_broken_pair_starts_again(tmp_path: Path) -> None:
     uvloop.run(scenario())
 
 
+def test_a_worker_that_hangs_where_something_is_due_is_started_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        both = Both(tmp_path)
+        async with both.running():
+            await both.pair()
+            worker = both.workers["alice"]
+            # One that is only slow to have something to say, as what is due is said, goes on.
+            worker.expect(300.0)
+            await both.stock(1)
+            first = worker.pid
+            assert first
+            os.kill(first, signal.SIGSTOP)
+            worker.expect(0.2)
+            await asyncio.wait_for(both.ended["alice"].wait(), 30)
+            await both.install("alice")
+            assert worker.pid != first
+            with pytest.raises(ProcessLookupError):
+                os.kill(first, 0)
+            await both.pair()
+            both.begin(await both.stock(4), REQUESTS)
+            expected = model()(torch.cat(REQUESTS))
+            torch.testing.assert_close((await both.results())[:3].float(), expected, atol=1e-3, rtol=0)
+
+    asyncio.run(scenario())
+
+
 def _run(ticket: Ticket, batch: int) -> Run:
     return Run(batch, ticket, [1])

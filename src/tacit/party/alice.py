@@ -12,7 +12,7 @@ from tacit.party.channel import Channel
 from tacit.party.choosing import Unloaded, chosen
 from tacit.party.control import Control
 from tacit.party.entrance import Handler
-from tacit.party.front import STOPPING, Front, setups
+from tacit.party.front import STARTING, STOPPING, Front, setups
 from tacit.party.house import House
 from tacit.party.jobs.agreeing import JobFromBob
 from tacit.party.leading import Leader
@@ -44,6 +44,7 @@ class Alice(Front):
         self._per_minute: dict[Line, float] = {}
         self._seeds = Seeds(house)
         self._sounding = Sounding(house.cluster.network.for_planning().round_trip)
+        self._admit()
         self.jobs = self.desk(self._control.say)
 
     def handlers(self) -> dict[Purpose, Handler]:
@@ -104,6 +105,11 @@ class Alice(Front):
         """See `Front.vault_changed`."""
         self.tasks.start(self._review())
 
+    def _admit(self) -> None:
+        """Take requests, unless something is in the way."""
+        waiting = _BOB_STOPS if self._bob_stops else None if self._decided else STARTING
+        self.clients.closed = STOPPING if self.stopping else waiting
+
     async def _review(self) -> None:
         """Serve what is to be served by now, and have bob do the same."""
         async with self._reviewing:
@@ -120,6 +126,7 @@ class Alice(Front):
                     self._leader.serve(model)
             self._control.say(Serve(list(self.crew.served)))
             self._decided = True
+            self._admit()
 
     async def _with_bob(self, channel: Channel, session: Session) -> None:
         if self._control.connected:
@@ -132,12 +139,12 @@ class Alice(Front):
             first = await self._control.hear(channel)
             if not isinstance(first, Holdings):
                 raise CodecError("bob said something else first than what he holds")
-            gone = await asyncio.to_thread(self.house.pool.reconcile, first.holdings)
+            gone = await asyncio.to_thread(self.house.reconcile, first.holdings)
             if gone:
                 self.house.log("tickets_that_bob_has_not", count=gone)
                 self.house.metrics.burned.inc(gone)
             self._bob_has, self._bob_stops = None, False
-            self.clients.closed = STOPPING if self.stopping else None
+            self._admit()
             self._pairing.connect()
             self.jobs.connected()
             await self._control.listen(channel, self._heard)
@@ -162,6 +169,8 @@ class Alice(Front):
                 self._leader.bob_has(requests)
             case messages.Absent(batch, requests):
                 self._leader.bob_lacks(batch, requests)
+            case messages.Broke(batch):
+                self._leader.bob_broke(batch)
             case Trim(tickets):
                 self.tasks.start(self._trim(tickets))
             case Echo(number):
@@ -180,8 +189,8 @@ class Alice(Front):
             self.house.log("network_is_not_as_planned", round_trip_ms=1000 * seconds, planned_ms=planned_ms)
 
     async def _trim(self, tickets: list[Ticket]) -> None:
-        await asyncio.to_thread(self.house.pool.discard, tickets)
-        self._control.say(Trimmed(tickets))
+        thrown = await asyncio.to_thread(self.house.discard_ready, tickets)
+        self._control.say(Trimmed(tickets, thrown))
 
     async def _let_bob_go(self) -> None:
         await self._quiet()

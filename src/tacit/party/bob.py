@@ -12,7 +12,7 @@ from tacit.party.cluster_file import ALICE, BOB
 from tacit.party.control import Control
 from tacit.party.entrance import Handler
 from tacit.party.following import Follower
-from tacit.party.front import Front, setups
+from tacit.party.front import STARTING, Front, setups
 from tacit.party.house import House
 from tacit.party.jobs.agreeing import JobFromAlice
 from tacit.party.jobs.planned import PlannedJob
@@ -39,11 +39,12 @@ class Bob(Front):
         self._refilling = Refilling(
             house.dial_provider, house.pool, self._trim, lambda line: self._seen_by_alice.get(line, -1)
         )
-        self._trimming: dict[tuple[Ticket, ...], concurrent.futures.Future[None]] = {}
+        self._trimming: dict[tuple[Ticket, ...], concurrent.futures.Future[list[Ticket]]] = {}
         self._wanted, self._told = set[str](), False
         self._released = asyncio.Event()
         self._serving = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
+        self.clients.closed = STARTING
         self.jobs = self.desk(self._control.say, self._want)
 
     def handlers(self) -> dict[Purpose, Handler]:
@@ -127,7 +128,7 @@ class Bob(Front):
             first = await self._control.hear(channel)
             if not isinstance(first, Holdings):
                 raise CodecError("alice said something else first than what she holds")
-            gone = await asyncio.to_thread(self.house.pool.reconcile, first.holdings)
+            gone = await asyncio.to_thread(self.house.reconcile, first.holdings)
             self._seen_by_alice = {(one.model, one.batch): one.seen for one in first.holdings}
             if gone:
                 self.house.log("tickets_that_alice_has_not", count=gone)
@@ -153,10 +154,10 @@ class Bob(Front):
                     self._released.set()
             case Sound(number):
                 self._control.say(Echo(number))
-            case Trimmed(tickets):
-                future = self._trimming.get(tuple(tickets))
+            case Trimmed(asked, thrown):
+                future = self._trimming.get(tuple(asked))
                 if future and not future.done():
-                    future.set_result(None)
+                    future.set_result(thrown)
             case _ if isinstance(message, JobFromAlice):
                 self.jobs.heard(message)
             case _:
@@ -172,7 +173,9 @@ class Bob(Front):
                 part = self.crew.served[model].part
                 wanted = {size: -(-ahead // size) for size in part.batch_sizes}
                 await asyncio.to_thread(self._refilling.want, PlannedModel(part), wanted)
-            self._wanted, self._told = set(self.crew.served), True
+            self._wanted = set(self.crew.served)
+            if not self._told and not self.stopping:
+                self._told, self.clients.closed = True, None
 
     def _want(self, job: PlannedJob, ahead: int) -> None:
         """Keep tickets of a job; called by the thread of the jobs."""
@@ -181,17 +184,17 @@ class Bob(Front):
         else:
             self._refilling.forget(job.digest)
 
-    def _trim(self, tickets: list[Ticket]) -> None:
-        """Have alice throw tickets away; called by the thread that refills the pool.
+    def _trim(self, tickets: list[Ticket]) -> list[Ticket]:
+        """Have alice throw tickets away, and say which; called by the thread that refills the pool.
 
         Raises:
             PeerError: she does not answer.
         """
-        key, future = tuple(tickets), concurrent.futures.Future[None]()
+        key, future = tuple(tickets), concurrent.futures.Future[list[Ticket]]()
         self._trimming[key] = future
         try:
             self._loop.call_soon_threadsafe(self._control.say, Trim(tickets))
-            future.result(_TRIMMING_S)
+            return future.result(_TRIMMING_S)
         except (TimeoutError, concurrent.futures.CancelledError):
             raise PeerError("alice did not throw tickets away that bob has no room for") from None
         finally:

@@ -165,7 +165,8 @@ class Clients:
             return Refused(number, _forbidden(client, name))
         parts = [one.part for one in self._served.values() if one.part.name == name]
         if not parts:
-            return Refused(number, Refusal(Reason.GONE, f"model {name!r} is not loaded: ask its owner to load it"))
+            gone = Refusal(Reason.GONE, f"model {name!r} is not loaded: ask its owner to load it")
+            return Refused(number, self.closed or gone)
         part, largest = parts[-1], self._cluster.clients[client].largest_batch
         inputs = [(list(one.item_shape), one.whole) for one in part.inputs]
         return Described(number, part.digest, inputs, min(part.batch_sizes[-1], largest))

@@ -21,7 +21,7 @@ from tacit.party.messages import Absent, Begin, FromBob, Have, RequestId
 from tacit.party.refusal import Reason, Refusal
 from tacit.party.tasks import Tasks
 from tacit.party.tickets import Ticket
-from tacit.party.workers import WorkerProcess
+from tacit.party.workers import NOTICING_S, WorkerProcess
 
 MISSING_S = 0.05
 """How long a batch, for which alice's worker waits already, waits for a share that has not come."""
@@ -89,11 +89,13 @@ class Follower:
             case messages.Pair(number, token) if number < len(self.crew.workers):
                 self._tokens[number] = token
                 self.crew.workers[number].call(worker_calls.Pair(token))
+                if any(one.begin.worker == number for one in self._running.values()):
+                    self.crew.workers[number].expect(NOTICING_S)
             case messages.Stock(number, token, tickets) if self._tokens.get(number) == token:
                 self._tasks.start(self._claim(number, token, tickets))
             case messages.Drop(number, tickets) if number < len(self.crew.workers):
                 self.crew.workers[number].call(worker_calls.Drop(tickets))
-                self._tasks.start(asyncio.to_thread(self._house.pool.discard, tickets))
+                self._tasks.start(asyncio.to_thread(self._house.discard, tickets))
             case Begin():
                 self._begin(message)
             case messages.Over(requests):
@@ -114,9 +116,9 @@ class Follower:
         taken = await asyncio.to_thread(self._house.claim, tickets)
         vouchers = await asyncio.to_thread(self._house.vouchers, taken)
         if self._tokens.get(number) != token:
-            await asyncio.to_thread(self._house.pool.discard, taken)
+            await asyncio.to_thread(self._house.discard, taken)
             return
-        self._say(messages.Claimed(number, token, tickets, taken))
+        self._say(messages.Claimed(number, token, tickets, [voucher.ticket for voucher in vouchers]))
         self._given[number].update(taken)
         for voucher in vouchers:
             self.crew.workers[number].call(worker_calls.Stock(voucher))
@@ -152,7 +154,7 @@ class Follower:
         self.crew.workers[begin.worker].call(run, tensors)
 
     def _ran(self, worker: WorkerProcess, ran: worker_calls.Ran, outputs: Sequence[Tensor]) -> None:
-        running = self._running.pop(ran.batch, None)
+        running = self._ended(worker.number, ran.batch)
         if running is None:
             return
         begin, start = running.begin, 0
@@ -163,10 +165,16 @@ class Follower:
         name = self.crew.name_of(begin.ticket.model)
         self._house.metrics.ran(name, begin.ticket.batch, sum(begin.rows), ran)
 
-    def _broke(self, batch: int, why: str) -> None:
-        # Alice's worker finds out by itself; she decides what becomes of the requests, which stay here.
-        running = self._running.pop(batch, None)
+    def _ended(self, worker: int, batch: int) -> _Running | None:
+        """A worker has ended a batch; what was known of it. (An alice who starts anew counts batches from 1 again.)"""
+        running = self._running.get(batch)
+        return self._running.pop(batch) if running and running.begin.worker == worker else None
+
+    def _broke(self, worker: int, batch: int, why: str) -> None:
+        # Alice decides what becomes of the requests, which stay here.
+        running = self._ended(worker, batch)
         if running:
+            self._say(messages.Broke(batch))
             if running.timer:
                 running.timer.cancel()
             begin, name = running.begin, self.crew.name_of(running.begin.ticket.model)
@@ -209,9 +217,9 @@ class Follower:
         self._say(messages.Down(worker.number))
         given, self._given[worker.number] = self._given[worker.number], set()
         if given:  # what the worker did not come to lies on the disk yet
-            self._tasks.start(asyncio.to_thread(self._house.pool.discard, given))
+            self._tasks.start(asyncio.to_thread(self._house.discard, given))
         for batch in [batch for batch, one in self._running.items() if one.begin.worker == worker.number]:
-            self._broke(batch, "bob's worker ended in the middle of it")
+            self._broke(worker.number, batch, "bob's worker ended in the middle of it")
 
     def worker_heard(self, worker: WorkerProcess, answer: worker_calls.Answer, tensors: Sequence[Tensor]) -> None:
         """See `Watcher`."""
@@ -221,7 +229,7 @@ class Follower:
             case worker_calls.Ran():
                 self._ran(worker, answer, tensors)
             case worker_calls.Broke(batch, why):
-                self._broke(batch, why)
+                self._broke(number, batch, why)
             case worker_calls.Installed(model):
                 self._say(messages.Installed(number, model))
             case worker_calls.Paired(linked):

@@ -36,6 +36,7 @@ from tacit.party.tasks import Tasks
 from tacit.party.worker_calls import Setup
 from tacit.wire import Kind
 
+STARTING = Refusal(Reason.BUSY, "the service is starting: retry in a moment", 1.0)
 STOPPING = Refusal(Reason.STOPPING, "the service is stopping: retry in a moment", 5.0)
 PATIENCE_S = 10.0
 """How long a worker waits in a run for the other party's."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tacit import atomic
-from tacit.errors import CorrelationError
+from tacit.errors import CorrelationError, PeerError, StorageFull, one_line
 from tacit.identity import Identity
 from tacit.party import dialing
 from tacit.party.cluster_file import PROVIDER, ClusterFile
 from tacit.party.jobs.store import JobStore
 from tacit.party.logs import Log
 from tacit.party.metrics import Metrics
-from tacit.party.pool import PoolStore
+from tacit.party.pool import Holding, PoolStore
 from tacit.party.session import Caller
 from tacit.party.session_messages import Purpose
 from tacit.party.tickets import Ticket
@@ -55,6 +55,15 @@ class House:
         limit = int(self.cluster.training.disk_gb * 1e9)
         self.jobs = JobStore(self.folder / "jobs", self.identity.storage_key("jobs"), self.name, limit)
 
+    # What a disk is too full to note does not happen: service goes on with what was taken before.
+
+    def lease(self, model: str, batch: int, count: int) -> list[Ticket]:
+        """Take tickets, at alice."""
+        try:
+            return self.pool.lease(model, batch, count)
+        except StorageFull as error:
+            return self._none(error)
+
     def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
         """Take tickets that alice named, at bob; those that he has."""
         try:
@@ -62,6 +71,33 @@ class House:
             return list(tickets)
         except CorrelationError:
             return [one for ticket in tickets for one in self.claim([ticket])] if len(tickets) > 1 else []
+        except StorageFull as error:
+            return self._none(error)
+
+    def discard(self, tickets: Iterable[Ticket]) -> None:
+        """Throw tickets away; those for which the disk is too full, when the parties meet the next time."""
+        try:
+            self.pool.discard(tickets)
+        except StorageFull as error:
+            self._none(error)
+
+    def discard_ready(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """Throw away those of these tickets that nobody has taken; which."""
+        try:
+            return self.pool.discard_ready(tickets)
+        except StorageFull as error:
+            return self._none(error)
+
+    def reconcile(self, others: Sequence[Holding]) -> int:
+        """Throw away what the other party does not have; how many tickets.
+
+        Raises:
+            PeerError: this disk is too full for it, and the two cannot go on together.
+        """
+        try:
+            return self.pool.reconcile(others)
+        except StorageFull as error:
+            raise PeerError(one_line(error)) from error
 
     def vouchers(self, tickets: Iterable[Ticket]) -> list[Voucher]:
         """The vouchers of tickets that were taken, but for those that have been thrown away since."""
@@ -82,3 +118,8 @@ class House:
         caller = Caller(self.name, self.identity.public, Purpose.POOL, (PROVIDER,))
         dialing.open_session({PROVIDER: link}, caller)
         return link
+
+    def _none(self, error: StorageFull) -> list[Ticket]:
+        """No tickets, for this reason."""
+        self.log("disk_full", reason=one_line(error))
+        return []

@@ -33,7 +33,7 @@ from tacit.party.queueing import Request
 from tacit.party.refill import Line
 from tacit.party.refusal import Reason, Refusal
 from tacit.party.tasks import Tasks
-from tacit.party.workers import WorkerProcess
+from tacit.party.workers import NOTICING_S, WorkerProcess
 
 LONGEST_S = 600.0
 """A request waits no longer than that, whatever its client says."""
@@ -43,6 +43,7 @@ _RECENT = 64
 """Batches that bob may still say something of after they have ended here."""
 _OVER = 256
 """Requests that are over, before bob is told of them by themselves; else it is with the next batch."""
+_HALF = Refusal(Reason.FAILED, "the batch failed: bob's worker ended before his shares of the results were sent")
 _MISSING = Refusal(Reason.MISSING, "bob did not have his share of this request in time: send one to each party")
 
 
@@ -129,9 +130,20 @@ class Leader:
             self._early.popitem(last=False)
         self._pump()
 
+    def bob_broke(self, batch: int) -> None:
+        """His worker has not run this batch to its end: her half of it is of no use."""
+        if pair := self._runs(batch):
+            # Hers is about to say the same, unless it hangs; the requests do not wait for that.
+            self.pairing.part(pair, "bob's worker has left a run")
+            pair.worker.expect(NOTICING_S)
+            self._broke(pair, "bob's worker left it")
+            return
+        for held in self._recent.pop(batch, {}).values():
+            self.clients.refuse(held, _HALF)
+
     def bob_lacks(self, batch: int, requests: Sequence[RequestId]) -> None:
         """He took zeros in the place of these."""
-        pair = next((one for one in self.pairing.pairs if one.running and one.running.batch.number == batch), None)
+        pair = self._runs(batch)
         if pair and pair.running:
             pair.running.absent.update(requests)
             return
@@ -139,6 +151,10 @@ class Leader:
             if held := self._recent.get(batch, {}).get(id):
                 self._promptness.late(held.client)
                 self.clients.refuse(held, _MISSING)
+
+    def _runs(self, batch: int) -> Pair | None:
+        """The pair that runs this batch, if one does."""
+        return next((one for one in self.pairing.pairs if one.running and one.running.batch.number == batch), None)
 
     # What clients do.
 
@@ -258,6 +274,8 @@ class Leader:
             case worker_calls.Ran():
                 self._ran(pair, answer, tensors)
             case worker_calls.Broke(batch, why) if pair.running and pair.running.batch.number == batch:
+                # It says next that it has left the link; nothing may begin there until then.
+                self.pairing.part(pair, why)
                 self._broke(pair, why)
             case _:
                 self.pairing.worker_heard(worker, answer)

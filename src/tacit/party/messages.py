@@ -289,7 +289,7 @@ class Stocked(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Drop(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Alice will not use these tickets that bob's worker was given."""
+    """Alice will not use these tickets that bob's worker was given, or was to be given."""
 
     worker: _Count
     tickets: list[Ticket]
@@ -328,6 +328,12 @@ class Absent(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     requests: list[RequestId]
 
 
+class Broke(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """Bob's worker has not run a batch to its end: nobody gets his shares of its results."""
+
+    batch: Number
+
+
 class Over(msgspec.Struct, tag=True, forbid_unknown_fields=True):
     """Alice is done with these requests: answered, refused or cancelled. Bob forgets their shares."""
 
@@ -353,8 +359,14 @@ class Trim(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Trimmed(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Alice has."""
+    """Alice has, but for those that she had taken from her pool already: bob is to take them, too.
 
+    Args:
+        asked: those that she was to throw away.
+        tickets: those that she threw away.
+    """
+
+    asked: list[Ticket]
     tickets: list[Ticket]
 
 
@@ -371,6 +383,7 @@ FromBob = (
     | Stocked
     | Have
     | Absent
+    | Broke
     | Echo
     | Trim
     | JobFromBob

@@ -72,7 +72,7 @@ class Pairing:
         for pair in self.pairs:
             pair.mine.models.discard(model)
             pair.bobs.models.discard(model)
-            self._burn(pair.forget(model))
+            self._burn(pair, pair.forget(model))
 
     def held(self) -> Counter[Line]:
         """How many tickets the pairs have, by line."""
@@ -100,7 +100,7 @@ class Pairing:
         """A pair is not linked any more."""
         if pair.token:
             self._house.log("pair_broken", worker=pair.number, reason=why)
-        self._burn(pair.part())
+        self._burn(pair, pair.part())
 
     # What alice's workers do.
 
@@ -202,10 +202,10 @@ class Pairing:
                 if lease is None:
                     return
                 line, count = lease
-                tickets = await asyncio.to_thread(self._house.pool.lease, *line, count)
+                tickets = await asyncio.to_thread(self._house.lease, *line, count)
                 self.levels[line] = self.levels.get(line, 0) - len(tickets) if tickets else 0
                 if pair.token != token or not self.connected or line[0] not in self._crew.served:
-                    self._burn(tickets)
+                    self._burn(pair, tickets)
                 elif tickets:
                     for ticket in tickets:
                         pair.give(ticket)
@@ -224,7 +224,7 @@ class Pairing:
         refused = [ticket for ticket in asked if ticket not in tickets and pair.spoiled(ticket)]
         if refused:
             self._house.log("tickets_unknown_to_bob", worker=pair.number, count=len(refused))
-            self._burn(refused)
+            self._burn(pair, refused)
             self.stock(pair)
 
     def _expanded(self, pair: Pair, ticket: Ticket) -> None:
@@ -234,11 +234,12 @@ class Pairing:
     def _spoiled(self, pair: Pair, ticket: Ticket) -> None:
         if pair.spoiled(ticket):
             pair.worker.call(worker_calls.Drop([ticket]))
-            self._say(messages.Drop(pair.number, [ticket]))
-            self._burn([ticket])
+            self._burn(pair, [ticket])
             self.stock(pair)
 
-    def _burn(self, tickets: list[Ticket]) -> None:
+    def _burn(self, pair: Pair, tickets: list[Ticket]) -> None:
+        """Tickets that were taken will not be used: bob, who may not have come to take them, does not keep them."""
         if tickets:
+            self._say(messages.Drop(pair.number, tickets))
             self._house.metrics.burned.inc(len(tickets))
-            self._tasks.start(asyncio.to_thread(self._house.pool.discard, tickets))
+            self._tasks.start(asyncio.to_thread(self._house.discard, tickets))

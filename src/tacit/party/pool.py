@@ -228,6 +228,16 @@ class PoolStore:
                 self._file_bytes.pop(ticket, None)
                 self._path(ticket).unlink(missing_ok=True)
 
+    def discard_ready(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """Throw tickets away that nobody has taken yet; which of these it was."""
+        with self._guard:
+            with self._ledger.transaction() as ledger:
+                gone = [ticket for ticket in tickets if ledger.execute(_DELETE, _row(ticket)).rowcount]
+            for ticket in gone:
+                self._file_bytes.pop(ticket)
+                self._path(ticket).unlink(missing_ok=True)
+        return gone
+
     def drop_model(self, model: str) -> None:
         """Throw away every ticket of a model that is ready."""
         self.reconcile([one for one in self.holdings() if one.model != model])

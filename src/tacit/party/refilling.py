@@ -107,7 +107,8 @@ class Refilling:
     Args:
         dial: connects to the provider.
         store: bob's pool.
-        trim: throws these tickets away at alice, who answers before bob does the same; they may be used no more.
+        trim: throws these tickets away at alice and gives those that she had not taken yet, before bob does the same
+            with them.
         seen_by_alice: the largest serial that alice has seen of a line, -1 if none, as she said when the session began.
     """
 
@@ -115,7 +116,7 @@ class Refilling:
         self,
         dial: Callable[[], Link],
         store: PoolStore,
-        trim: Callable[[list[Ticket]], None],
+        trim: Callable[[list[Ticket]], list[Ticket]],
         seen_by_alice: Callable[[Line], int] = lambda line: -1,
     ) -> None:
         self._dial, self._store, self._trim, self._seen = dial, store, trim, seen_by_alice
@@ -166,7 +167,7 @@ class Refilling:
                 try:
                     link = link or self._dial()
                     busy, self.trouble = self._once(link)
-                except PeerError as error:
+                except (PeerError, StorageFull) as error:
                     if link is not None:
                         link.close()
                     link, busy, self.trouble = None, False, one_line(error)
@@ -186,9 +187,9 @@ class Refilling:
         )
         if isinstance(step, Trim):
             tickets = [Ticket(*step.line, serial) for serial in self._store.serials(*step.line)[-step.count :]]
-            self._trim(tickets)
-            self._store.discard(tickets)
-            return True, ""
+            thrown = self._trim(tickets)
+            self._store.discard(thrown)
+            return bool(thrown), ""
         if not isinstance(step, Refill):
             return False, ""
         began = time.monotonic()

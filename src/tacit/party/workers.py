@@ -26,6 +26,8 @@ _STOPPING_S = 5.0
 _PING_S = 5.0
 _SILENT_S = 60.0
 """A worker that has said nothing for so long hangs; no step that it takes, such as planning a model, takes as long."""
+NOTICING_S = 10.0
+"""A worker whose counterpart has left a run says so within this time, unless it hangs."""
 _UNREAD_BYTES = 1 << 34
 
 Heard = Callable[["WorkerProcess", Answer, Sequence[Tensor]], None]
@@ -48,6 +50,7 @@ class WorkerProcess:
         self._channel: Channel | None = None
         self._door: socket.socket | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._silence: asyncio.Timeout | None = None
         self.starts = 0
         self.models: set[str] = set()
         """Those that it has said it has ready."""
@@ -76,6 +79,12 @@ class WorkerProcess:
         if self._channel:
             with contextlib.suppress(PeerError):
                 self._channel.send(Kind.CALL, tensors, worker_calls.encode(call))
+
+    def expect(self, seconds: float) -> None:
+        """The worker has something to say within these seconds. If it says nothing, it hangs, and is started again."""
+        if self._silence:
+            due = asyncio.get_running_loop().time() + seconds
+            self._silence.reschedule(min(due, self._silence.when() or due))
 
     def hand_over(self, sock: socket.socket) -> None:
         """Give the worker a connection that has been accepted for it, or close it if there is no worker."""
@@ -112,14 +121,19 @@ class WorkerProcess:
         try:
             self.call(self._setup)
             self._started(self)
-            with contextlib.suppress(PeerError, TimeoutError):
-                while True:
-                    async with asyncio.timeout(_SILENT_S):
-                        frame = await self._channel.receive(Kind.REPLY)
-                    answer = worker_calls.decode_answer(frame.body)
-                    if not isinstance(answer, Pong):
-                        self._heard(self, answer, frame.tensors)
+            while True:
+                async with asyncio.timeout(_SILENT_S) as self._silence:
+                    frame = await self._channel.receive(Kind.REPLY)
+                self._silence = None
+                answer = worker_calls.decode_answer(frame.body)
+                if not isinstance(answer, Pong):
+                    self._heard(self, answer, frame.tensors)
+        except PeerError:
+            pass  # it has ended, or sent nonsense
+        except TimeoutError:
+            _kill(self._process)
         finally:
+            self._silence = None
             pinging.cancel()
             self._channel.abort()
             self._channel, self._door = None, None
@@ -133,6 +147,10 @@ async def _gone(process: asyncio.subprocess.Process) -> None:
     try:
         await asyncio.wait_for(process.wait(), _STOPPING_S)
     except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        _kill(process)
         await process.wait()
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
