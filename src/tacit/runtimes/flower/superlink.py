@@ -12,7 +12,7 @@ import hashlib
 import io
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,12 +20,14 @@ from importlib.metadata import version
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, StopRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
@@ -34,6 +36,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -43,6 +49,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from tacit.errors import InputError, PeerError
+from tacit.runtimes.flower.incoming import Incoming
 from tacit.runtimes.flower.supernode import LinkAddress
 
 HEARTBEAT = 10.0
@@ -162,6 +169,28 @@ class _Grid(HttpGrid):
         TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
         TaskIdentity.node_id = given.context.node_id
         self.set_run(run_from_proto(given.run))
+        client, run = self._runtime_client, given.run.run_id
+        self._incoming = Incoming(
+            make_pull_object_fn_protobuf(client.PullObject, self.node, run),
+            make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, self.node, run),
+        )
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See `Grid`; does not wait for what was announced and has not come, see `tacit.runtimes.flower.incoming`.
+
+        Raises:
+            PeerError: what comes is not of Flower.
+        """
+        asked = frozenset(message_ids)
+        # Who asks again for what was announced is told that there is no such message.
+        unheard = asked - self._incoming.answered
+        try:
+            found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=unheard))
+            for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                self._incoming.announce(message.metadata.message_id, message.metadata.reply_to_message_id, tree)
+        except ValueError as error:
+            raise PeerError(f"the SuperLink at {self._addr} answers what is not of Flower: {error}") from error
+        return list(self._incoming.whole(asked))
 
     def beat(self, dead: threading.Event) -> None:
         """Give signs of life until told to stop; whoever uses the grid notices by itself when it is refused."""

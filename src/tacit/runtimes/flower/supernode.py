@@ -25,7 +25,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.common.serde import message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -137,6 +137,8 @@ class SuperNode:
                         "certificate and root_certificates"
                     ) from error
                 self.tell(f"the SuperLink cannot be reached ({error}); trying again")
+            except ValueError as error:
+                self.tell(f"the SuperLink answers what is no message of Flower's ({error}); trying again")
             self._stop.wait(wait)
             wait = min(2 * wait, 10.0)
 
@@ -191,7 +193,7 @@ class SuperNode:
             try:
                 accepted = client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT))
                 missed = 0 if accepted.success else missed + 1
-            except httpx.HTTPError:
+            except (httpx.HTTPError, ValueError):
                 missed += 1
             if missed == 3:
                 gone.set()
@@ -201,16 +203,20 @@ class SuperNode:
         response = client.PullMessages(PullMessagesRequest(node=node))
         if not response.messages_list:
             return False
-        announced, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
+        run = response.messages_list[0].metadata.run_id
         try:
-            message = _fetched(client, node, announced.metadata.run_id, tree)
+            message = _fetched(client, node, run, response.message_object_trees[0])
             began = time.monotonic()
-            context = Context(announced.metadata.run_id, node.node_id, {}, RecordDict(), {})
-            reply = self._answered(message, context)
+            reply = self._answered(message, Context(run, node.node_id, {}, RecordDict(), {}))
             _send(client, node, reply, time.monotonic() - began)
         except httpx.HTTPStatusError as error:
             # The run was stopped, or the message is too old: nobody waits for the answer.
-            self.tell(f"a message of Flower run {announced.metadata.run_id} was dropped ({_said(error)})")
+            self.tell(f"a message of Flower run {run} was dropped ({_said(error)})")
+        except httpx.HTTPError:
+            raise
+        except Exception as error:  # whatever Flower's parser comes upon in what is no message of Flower's
+            kind = type(error).__name__
+            self.tell(f"a message of Flower run {run} could not be read or answered, and was dropped ({kind})")
         return True
 
     def _answered(self, message: Message, context: Context) -> Message:
@@ -230,6 +236,9 @@ def _fetched(client: FleetHttpClient, node: Node, run: int, tree: ObjectTree) ->
         make_pull_object_fn_protobuf(client.PullObject, node, run),
         make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run),
         return_type=Message,
+        # A message is announced before its objects are sent, which takes milliseconds; Flower would wait for seconds.
+        initial_backoff=BRISK,
+        backoff_cap=LONGEST_PAUSE,
     )
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message
