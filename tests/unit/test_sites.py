@@ -42,6 +42,7 @@ def refusals(tmp_path, text: str, allow: str) -> set[str]:
         (MASKED, SECRET + "minimum = 4\n", "the round may end with 3 vectors, this client wants 4"),
         (MASKED, SECRET + "rounds = 10\n", "it has 20 rounds, and at most 10 are allowed here"),
         (MASKED, SECRET + "epsilon = 1.0\n", "keeps a privacy budget for its records"),
+        (PRIVATE.replace("classes = 2", "classes = 2\nstandardise = true"), "", "it adds up features without noise"),
         (PRIVATE + "noise_seed = 1\n", "", "its noise comes from a seed that others know"),
         (MASKED.replace("most_examples = 50", "most_examples = 20"), SECRET, "this site has more than 20 examples"),
         (MASKED.replace("shape = [4]", "shape = [5]"), SECRET, r"examples of shape \(4,\) here, expected \(5,\)"),
@@ -53,6 +54,19 @@ def test_a_site_says_why_it_does_not_take_part(tmp_path, text, allow, reason):
     for said in found:
         with pytest.raises(InputError, match=reason):
             raise InputError(said)
+
+
+def test_records_enter_sums_without_noise_only_where_the_site_says_so(tmp_path):
+    text = PRIVATE.replace("classes = 2", "classes = 2\nstandardise = true")
+    files = write_files(tmp_path, tables(4), 'unnoised = ["features"]\n', training=0.7)
+    with answering(files, 4) as sites:
+        federation = over_sites(files, grid_of(sites), text)
+        assert federation.standardise(4).keys() == {"mean", "std"}
+        assert federation.advance().cohort == (0, 1, 2, 3)
+        assert federation.evaluate(None) == (None, None)
+        assert set(federation.sites.asking.lost.values()) == {
+            "refused: how the model does on this site's records is not added up without noise"
+        }
 
 
 def test_hours_are_the_simulators_policy_and_refuse_with_a_reason(tmp_path, monkeypatch):

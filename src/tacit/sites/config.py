@@ -40,6 +40,7 @@ from tacit.federated.eligibility import Eligibility
 
 _DOCUMENTATION = "docs/deploy/federation.md"
 Disclosure = Literal["epsilon", "metrics", "examples"]
+Unnoised = Literal["features", "evaluation"]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,6 +117,9 @@ class Allow(_Section, frozen=True):
         hours, idle, charging, unmetered, battery: when it takes part, see `Eligibility`.
         disclose: what it tells the coordinator of itself.
         rounds: the most rounds of a run.
+        unnoised: which secure sums that carry no noise, and that no ε counts, its records may enter where they are to
+            be protected: ``"features"``: the moments of its features, to standardise by; ``"evaluation"``: how the
+            model does on what it keeps back.
     """
 
     models: tuple[str, ...] = ("logistic", "mlp", "2nn", "cnn", "lenet")
@@ -131,6 +135,7 @@ class Allow(_Section, frozen=True):
     battery: float = 0.0
     disclose: tuple[Disclosure, ...] = ("epsilon",)
     rounds: int = 1000
+    unnoised: tuple[Unnoised, ...] = ("evaluation",)
 
     @property
     def eligibility(self) -> Eligibility:

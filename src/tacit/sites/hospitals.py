@@ -89,6 +89,7 @@ privacy = "record"
 epsilon = {epsilon}
 delta = 1e-3
 disclose = ["epsilon", "metrics"]
+unnoised = ["features", "evaluation"]
 """
 _FLAMBY = (
     "FLamby's published results, logistic regression, seed 42, no privacy (flamby/results/results_benchmark_fed_heart_"

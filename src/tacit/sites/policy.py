@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tacit.federated.eligibility import DeviceStatus, Eligibility
 from tacit.runs import config
+from tacit.runs.data import signature
 from tacit.runtimes.flower.messages import Begin, Work
-from tacit.sites.config import Allow
+from tacit.sites.config import Allow, Unnoised
 
 BUSY = 0.7
 """A machine whose processors have had more than so much to do each, over the last minute, is in use."""
@@ -75,6 +76,11 @@ def _of_run(allow: Allow, settings: config.Config) -> Iterator[str]:
         yield "it has no secure sum: the coordinator would see this site's own update"
     if settings.secure_sum is not None and settings.secure_sum.protocol != "masked":
         yield f"its secure sum is {settings.secure_sum.protocol!r}; between sites it is 'masked'"
+    if signature(settings).standardised and not _may_enter(allow, "features"):
+        yield (
+            "it adds up features without noise to standardise them, which no ε counts: a site that agrees says "
+            "unnoised = ['features', …]"
+        )
     if settings.rounds.number > allow.rounds:
         yield f"it has {settings.rounds.number} rounds, and at most {allow.rounds} are allowed here"
 
@@ -82,10 +88,17 @@ def _of_run(allow: Allow, settings: config.Config) -> Iterator[str]:
 def _of_round(allow: Allow, settings: config.Config, begin: Begin) -> Iterator[str]:
     if bool(begin.frame) != (settings.secure_sum is not None):
         yield "what is asked does not fit the run: it and its configuration differ on whether there is a secure sum"
+    if begin.work == "evaluate" and not _may_enter(allow, "evaluation"):
+        yield "how the model does on this site's records is not added up without noise"
     if not _plausible(begin.work, begin.round, settings.rounds.number):
         yield f"round {begin.round} of {settings.rounds.number} is not a round of this run"
     if reasons := waiting(allow, asked_for(settings)):
         yield f"not now: {', '.join(reasons)}"
+
+
+def _may_enter(allow: Allow, what: Unnoised) -> bool:
+    """Whether records may enter a sum without noise; where they are not protected at all, no sum is an exception."""
+    return allow.privacy == "none" or what in allow.unnoised
 
 
 def _plausible(work: Work, round: int, rounds: int) -> bool:

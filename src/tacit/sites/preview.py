@@ -11,6 +11,7 @@ from tacit.errors import BudgetExceeded
 from tacit.federated.privacy import RecordDP
 from tacit.identity import Identity, key_text
 from tacit.runs import build, config
+from tacit.runs.data import signature
 from tacit.runtimes.flower.federation_file import FederationFile
 from tacit.runtimes.flower.messages import FIRST, NONCE_BYTES, Begin, Terms
 from tacit.sites import policy
@@ -58,6 +59,7 @@ def preview(path: Path, run: Path) -> Mapping[str, str]:
         "receives": f"{state.nbytes:,} bytes of model a round",
         "sends": _sends(study, len(federation.sites)),
         "discloses": ", ".join(file.allow.disclose) or "nothing beside",
+        "adds up": _unnoised(settings, file),
         "privacy": costs,
     }
     return shown
@@ -72,6 +74,14 @@ def _sends(study: Study, sites: int) -> str:
         f"a masked vector of {encoding.length:,} numbers of {encoding.ring.bits} bits, {size:,} bytes; the coordinator "
         f"sees sums of at least {study.minimum} sites only"
     )
+
+
+def _unnoised(settings: config.Config, file: SiteFile) -> str:
+    """What is summed without noise."""
+    wanted = ["moments of features"] if signature(settings).standardised else []
+    if settings.rounds.evaluate_every and ("evaluation" in file.allow.unnoised or file.allow.privacy == "none"):
+        wanted.append("how the model does on what is kept back")
+    return f"without noise: {', '.join(wanted) or 'nothing'}"
 
 
 def _privacy(study: Study, settings: config.Config, file: SiteFile) -> str:
