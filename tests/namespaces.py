@@ -105,6 +105,10 @@ class Namespaces:
         """Start a process on a machine."""
         return subprocess.Popen(self.command(name, command), text=True, **options)
 
+    def run(self, name: str, command: Sequence[str]) -> int:
+        """Run a command on a machine to its end, and give its exit status."""
+        return subprocess.run(self.command(name, command), capture_output=True, check=False).returncode
+
     def unplug(self, name: str) -> None:
         """Pull a machine's cable."""
         self._inside(ROUTER, "link", "set", f"to{self.names.index(name)}", "down")

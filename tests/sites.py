@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,7 +17,10 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from tacit.data.examples import Examples
+from tacit.federated.history import RoundRecord
 from tacit.identity import Identity, key_text
+from tacit.runs import over_sites
+from tacit.runs.train import OnBoard, start, unwatched
 from tacit.runtimes.flower.client_app import client_app
 from tacit.runtimes.flower.federation_file import FederationFile, entry
 from tacit.sites.config import SiteFile
@@ -141,6 +145,38 @@ class LocalGrid(Grid):
 def grid_of(sites: list[Site]) -> LocalGrid:
     """A grid whose nodes 100, 101, … are these sites."""
     return LocalGrid({100 + index: client_app(site) for index, site in enumerate(sites)})
+
+
+@dataclass(frozen=True)
+class LocalLink:
+    """A SuperLink that has these nodes, for a coordinator that is given it in place of its own."""
+
+    grid: LocalGrid
+
+    @contextmanager
+    def run(self) -> Iterator[tuple[int, Grid]]:
+        yield 1, self.grid
+
+    def stop(self, number: int) -> None:
+        """Nothing is left behind."""
+
+    def register(self, node: str) -> None:
+        """All are known."""
+
+
+def train_over(
+    monkeypatch: pytest.MonkeyPatch,
+    files: Files,
+    grid: LocalGrid,
+    text: str,
+    watch: OnBoard = unwatched,
+) -> tuple[RoundRecord, ...]:
+    """What ``tacit train`` makes of a configuration, in the folder ``run``, with a grid for its SuperLink."""
+    monkeypatch.setattr(over_sites, "SuperLink", lambda address, secret: LocalLink(grid))
+    (files.folder / "superlink.secret").write_bytes(bytes(32))
+    (files.folder / "coordinator.toml").write_text("[wait]\nwork = 5.0\nstage = 0.3\njoin = 0.2\ngather = 0.2\n")
+    (files.folder / "run.toml").write_text(text)
+    return start(files.folder / "run.toml", files.folder / "run", None, None, watch).history
 
 
 def tables(count: int, sizes: tuple[int, ...] = (30, 40, 20, 50), features: int = 4) -> list[Examples]:

@@ -31,6 +31,7 @@ from tacit.errors import PeerError
 from tacit.identity import Identity, key_text
 from tacit.runtimes.flower.federation_file import entry
 
+LOOPBACK = "127.0.0.1"
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 _SUPERLINK = "from flwr.superlink.cli import flower_superlink; flower_superlink()"
@@ -45,14 +46,26 @@ class Federation:
         folder: where they are.
         names: of the sites, by index.
         port: on which the SuperLink listens.
+        host: the address that it listens on, an IP address of this machine.
+        insecure: without TLS, which is for tests.
     """
 
     folder: Path
     names: tuple[str, ...]
     port: int
+    host: str = LOOPBACK
+    insecure: bool = False
 
     @classmethod
-    def make(cls, folder: Path, names: Sequence[str], port: int | None = None) -> Federation:
+    def make(
+        cls,
+        folder: Path,
+        names: Sequence[str],
+        port: int | None = None,
+        *,
+        host: str = LOOPBACK,
+        insecure: bool = False,
+    ) -> Federation:
         """Make keys for the coordinator and each site, a certificate and a secret for the SuperLink, and
         federation.toml and coordinator.toml; what a site has and allows is for its own site.toml, see `site`.
 
@@ -60,17 +73,19 @@ class Federation:
             folder: an empty one, or one that will be made.
             names: of the sites.
             port: for the SuperLink; ``None`` for a free one.
+            host, insecure: see the class.
         """
         atomic.make_private(folder)
-        made = cls(folder, tuple(names), port or free_port())
+        made = cls(folder, tuple(names), port or free_port(), host, insecure)
         identities = {name: Identity.fresh() for name in ("coordinator", *names)}
         for name, identity in identities.items():
             identity.save(folder / f"{name}.key")
         atomic.create(folder / "superlink.secret", secrets.token_bytes(32), 0o600)
-        _certify(folder)
+        _certify(folder, host)
         sites = "\n".join(entry(name, identities[name]) for name in names)
+        trust = "insecure = true" if insecure else 'certificates = "superlink.pem"'
         (folder / "federation.toml").write_text(
-            f'superlink = "127.0.0.1:{made.port}"\ncertificates = "superlink.pem"\n\n'
+            f'superlink = "{host}:{made.port}"\n{trust}\n\n'
             f'[coordinator]\nkey = "{key_text(identities["coordinator"].public)}"\n\n{sites}',
             encoding="utf-8",
         )
@@ -118,23 +133,12 @@ class Processes:
         Raises:
             PeerError: it ends, or does not answer in time.
         """
-        folder, port = self.federation.folder, self.federation.port
-        certificates = (
-            *("--ssl-certfile", str(folder / "superlink.pem"), "--ssl-keyfile", str(folder / "superlink.pem.key")),
-            *("--ssl-ca-certfile", str(folder / "superlink.pem")),
-        )
-        arguments = (
-            *certificates,
-            *("--isolation", "process", "--superexec-auth-secret-file", str(folder / "superlink.secret")),
-            *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
-            *("--host", "127.0.0.1", "--port", str(port)),
-        )
-        self._start("superlink", _SUPERLINK, (*arguments, *options))
+        self._start("superlink", _SUPERLINK, (*_superlink_options(self.federation), *options))
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if self.running["superlink"].poll() is not None:
                 break
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            if self._listens(self.federation.host, self.federation.port):
                 return
             time.sleep(0.1)
         raise PeerError(f"the SuperLink did not start: see {self.log('superlink')}")
@@ -166,10 +170,20 @@ class Processes:
         """What a process printed."""
         return self.federation.folder / f"{name}.log"
 
+    def _listens(self, host: str, port: int) -> bool:
+        """Whether somebody listens there."""
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+            return True
+        return False
+
+    def _command(self, name: str, code: str, arguments: Sequence[str]) -> list[str]:
+        """The command line of a process."""
+        return [sys.executable, "-c", code, *arguments]
+
     def _start(self, name: str, code: str, arguments: Sequence[str]) -> None:
         with self.log(name).open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [sys.executable, "-c", code, *arguments],
+                self._command(name, code, arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -181,10 +195,22 @@ class Processes:
 @contextmanager
 def processes(federation: Federation, sites: Sequence[str] = (), *options: str) -> Iterator[Processes]:
     """A running SuperLink and sites, which end with the block."""
-    started = Processes(federation)
+    with running(Processes(federation), sites, *options) as started:
+        yield started
+
+
+@contextmanager
+def running(started: Processes, sites: Sequence[str] = (), *options: str) -> Iterator[Processes]:
+    """The same, by a `Processes` that starts them in a way of its own.
+
+    Args:
+        started: nothing is running yet.
+        sites: those to start; empty for all.
+        options: see `Processes.start_superlink`.
+    """
     try:
         started.start_superlink(*options)
-        for name in sites or federation.names:
+        for name in sites or started.federation.names:
             started.start_site(name)
         yield started
     finally:
@@ -205,12 +231,27 @@ def free_port() -> int:
     return port
 
 
-def _certify(folder: Path) -> None:
-    """A self-signed certificate for this machine's loopback address, and its key."""
+def _superlink_options(federation: Federation) -> tuple[str, ...]:
+    """The options that a federation's SuperLink is always given."""
+    folder = federation.folder
+    certificates = (
+        *("--ssl-certfile", str(folder / "superlink.pem"), "--ssl-keyfile", str(folder / "superlink.pem.key")),
+        *("--ssl-ca-certfile", str(folder / "superlink.pem"), "--enable-supernode-auth"),
+    )
+    return (
+        # Without TLS Flower refuses to ask nodes for their keys.
+        *(("--insecure",) if federation.insecure else certificates),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(folder / "superlink.secret")),
+        *("--disable-runtime-dependency-installation", "--host", federation.host, "--port", str(federation.port)),
+    )
+
+
+def _certify(folder: Path, host: str) -> None:
+    """A self-signed certificate for an address of this machine, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tacit on this machine")])
     now = datetime.now(UTC)
-    addresses = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    addresses = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(host))]
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
