@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from tacit.errors import InputError
 from tacit.mpc.linear import Weight
+from tacit.mpc.lockstep import Trio
 from tacit.mpc.shares import Share
 from tacit.mpc.steps import Protocol, Role
 from tacit.party.driver import Pool
 from tacit.party.models import ModelPart
 from tacit.party.planned import Planned, expansion
 from tacit.party.programs import Program
-from tacit.program.run import Cost, execute, factors, with_weights
+from tacit.program.run import Cost, execute, factors, load, with_weights
 from tacit.ring.fixed_point import FRACTION_BITS
 
 
@@ -108,6 +110,30 @@ class LoadedModel(PlannedModel):
         if tuple(tuple(one.shape) for one in inputs) != program.inputs:
             raise InputError(f"the shares are not those of a batch of {batch} for {self.part.name}")
         return execute(program.graph, self._state(batch), inputs, program.context, program.ready)
+
+    def rehearse(self, batch: int) -> None:
+        """Run once alone, as both parties, on zeros and with randomness of its own, which are thrown away.
+
+        What is compiled, loaded or allocated by a first run is then there before a client waits for one. No ticket, no
+        share and no mask of the model's has a part in it.
+
+        Raises:
+            InputError: the model was not pushed for this batch size.
+        """
+        program, trio = self.program(batch), Trio()
+
+        def zeros(shape: Sequence[int], role: Role) -> Share:
+            return Share(torch.zeros(tuple(shape), dtype=torch.int64), FRACTION_BITS, role)
+
+        states = [{name: zeros(shape, role) for name, shape in program.state.items()} for role in Role]
+        first, second = (load(program.graph, state, program.first_number) for state in states)
+        loaded = trio.load(first, second)
+        inputs = [[zeros(shape, role) for shape in program.inputs] for role in Role]
+        alice, bob = (
+            execute(program.graph, state, given, program.context, program.ready)
+            for state, given in zip(loaded, inputs, strict=True)
+        )
+        trio.run(alice, bob)
 
     def _state(self, batch: int) -> dict[str, Share | Weight]:
         if batch not in self._states:

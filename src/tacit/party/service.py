@@ -25,6 +25,7 @@ from tacit.party.bob import Bob
 from tacit.party.children import ENVIRONMENT
 from tacit.party.cluster_file import ALICE, PROVIDER, ClusterFile
 from tacit.party.house import House
+from tacit.party.lean import leave_compiler_out
 from tacit.party.logs import Log
 from tacit.party.provider import ProviderProcess
 
@@ -101,6 +102,7 @@ def become(name: str, cluster: Path, key: Path, folder: Path) -> None:
 
 def main() -> None:
     """Serve as the command line says."""
+    leave_compiler_out()
     name, cluster, key, folder = sys.argv[1], *map(Path, sys.argv[2:5])
     lifeline = int(sys.argv[5]) if len(sys.argv) > 5 else None
     try:

@@ -12,6 +12,7 @@ another one.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -34,6 +35,7 @@ from tacit.party import meeting, worker_calls
 from tacit.party.address import parse_address
 from tacit.party.cluster_file import ALICE
 from tacit.party.driver import Pool, Watch, drive
+from tacit.party.lean import leave_compiler_out
 from tacit.party.loaded import LoadedModel
 from tacit.party.models import unpack
 from tacit.party.streams import Plain
@@ -139,6 +141,9 @@ class Worker:
             cost = model.cost(size)
             stocked = sum(map(_stocked_bytes, cost.correlations))
             plans.append(Plan(size, cost.rounds, cost.bytes_online, cost.bytes_dealt, stocked))
+        yield
+        with contextlib.suppress(TacitError):  # if it cannot run, its requests say why
+            model.rehearse(model.part.batch_sizes[0])
         self._models[model.part.digest] = model
         # What is there stays: a collection that looks through it takes 10 ms, and comes in the middle of a run.
         gc.collect()
@@ -239,6 +244,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    leave_compiler_out()
     front = Link(Plain(calls), "the front process", None)
     try:
         with torch.inference_mode():

@@ -43,6 +43,7 @@ from tacit.party.jobs.calls import (
 )
 from tacit.party.jobs.description import Job, check_state
 from tacit.party.jobs.states import Checkpoint
+from tacit.party.lean import leave_compiler_out
 from tacit.party.planned import expansion
 from tacit.party.streams import Plain
 from tacit.party.transport import Link
@@ -234,6 +235,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
     torch.set_num_threads(1)
+    leave_compiler_out()
     front = Link(Plain(calls), "the front process", None)
     try:
         with torch.inference_mode():
