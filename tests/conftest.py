@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from faults import INJECTED
+from networks import EXPLAINED
 from tacit.data import mnist as mnist_files
 from tacit.data.examples import Dataset
 
@@ -45,7 +46,9 @@ def tiny_mnist(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many faults the tests have injected."""
+    """Say how many faults the tests have injected, and how the times that they took are explained."""
     if INJECTED:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(INJECTED.items()))
         terminalreporter.write_line(f"{INJECTED.total():,} faults injected: {kinds}")
+    for line in EXPLAINED:
+        terminalreporter.write_line(line)

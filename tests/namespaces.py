@@ -8,15 +8,19 @@ Each has an address of its own, and a process in one sees no other network than 
 the router, since not every kernel can delay packets. It needs root and `ip`; `missing` says what is not there.
 """
 
+import ctypes
 import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 ROUTER = "router"
+_CLONE_NEWNET = 0x40000000
+T = TypeVar("T")
 
 
 @cache
@@ -108,6 +112,19 @@ class Namespaces:
     def run(self, name: str, command: Sequence[str]) -> int:
         """Run a command on a machine to its end, and give its exit status."""
         return subprocess.run(self.command(name, command), capture_output=True, check=False).returncode
+
+    def inside(self, name: str, work: Callable[[], T]) -> T:
+        """Do something on a machine, in a thread of its own; threads that this one starts are on the machine, too."""
+
+        def entered() -> T:
+            with open(f"/run/netns/{self.of(name)}") as namespace:
+                library = ctypes.CDLL(None, use_errno=True)
+                if library.setns(namespace.fileno(), _CLONE_NEWNET):
+                    raise OSError(ctypes.get_errno(), f"the namespace of {name} cannot be entered")
+            return work()
+
+        with ThreadPoolExecutor(1) as threads:
+            return threads.submit(entered).result()
 
     def unplug(self, name: str) -> None:
         """Pull a machine's cable."""

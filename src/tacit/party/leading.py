@@ -67,7 +67,9 @@ class Leader:
         self.pairing = Pairing(house, self.crew, tasks, say, self._pump)
         policy = Policy(serving.latency_ms / 1000, serving.queue, fail_when_empty=serving.when_empty == "fail")
         limits = {n: Limits(c.requests_per_minute, c.largest_batch) for n, c in house.cluster.clients.items()}
-        self._scheduler, self._promptness = Scheduler(policy, limits), Promptness(policy.latency_s)
+        # That bob has a share is heard of half a round trip after it came to him.
+        heard_s = house.cluster.network.for_planning().round_trip / 2
+        self._scheduler, self._promptness = Scheduler(policy, limits), Promptness(policy.latency_s + heard_s)
         self._early: OrderedDict[RequestId, None] = OrderedDict()
         self._recent: OrderedDict[int, dict[RequestId, Held]] = OrderedDict()
         self._over: list[RequestId] = []
