@@ -39,10 +39,10 @@ def prepared(owner: Identity, name: str = "small", seed: int = 0) -> push.Push:
     return push.prepare(model(seed), examples, name=name, owner=key_text(owner.public), batch_sizes=SIZES)
 
 
-def pushed(service: LocalService, name: str = "small", seed: int = 0) -> None:
+def pushed(service: LocalService, name: str = "small", seed: int = 0, ready: push.Push | None = None) -> None:
     """Push a model and wait until it is served and tickets are there."""
     identity = service.key("owner")
-    version = prepared(identity, name, seed)
+    version = ready or prepared(identity, name, seed)
     with Owner(service.cluster, identity) as owner:
         digest = owner.push(version)
         until(lambda: any(one.model == digest and all(one.tickets.values()) for one in owner.list()["alice"]))

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from serving import cluster_of, pushed
+from serving import cluster_of, prepared, pushed
 from tacit.identity import Identity, key_text
 from tacit.party import cluster_file
 from tacit.party.local import CLUSTER, LocalService
@@ -24,6 +24,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
     (folder / CLUSTER).unlink()
     cluster_file.write(changed, folder / CLUSTER)
     with LocalService(folder) as service:
+        ready = prepared(service.key("owner"))  # while the three start
         service.wait_ready()
-        pushed(service)
+        pushed(service, ready=ready)
         yield service
