@@ -20,12 +20,13 @@ from tacit.identity import Identity, key_text
 from tacit.party import cluster_file, service
 from tacit.party.address import Address
 from tacit.party.children import ENVIRONMENT
-from tacit.party.cluster_file import PARTIES, Client, ClusterFile, Owner, Parties, Pools, Serving
+from tacit.party.cluster_file import PARTIES, Client, ClusterFile, NetworkFigures, Owner, Parties, Pools, Serving
 
 _HOST = "127.0.0.1"
 _STARTING_S = 180.0
 _STOPPING_S = 30.0
 CLUSTER = "cluster.toml"
+_LOOPBACK = NetworkFigures(rtt_ms=0.05, mbps=20_000.0)
 
 
 def prepare(
@@ -66,6 +67,7 @@ def prepare(
         },
         serving=serving or Serving(),
         pools=pools or Pools(),
+        network=_LOOPBACK,
     )
     cluster_file.write(cluster, path)
     return cluster
