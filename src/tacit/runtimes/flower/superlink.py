@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import run_from_proto
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, StopRunRequest
+from flwr.proto.control_pb2 import ListRunsRequest, RegisterNodeRequest, StartRunRequest, StopRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -85,14 +85,17 @@ class SuperLink:
     secret: bytes = field(repr=False)
 
     @contextmanager
-    def run(self) -> Iterator[tuple[int, Grid]]:
+    def run(self, bundle: bytes | None = None) -> Iterator[tuple[int, Grid]]:
         """Be the ServerApp of a new run: its number, and the way to the nodes.
+
+        Args:
+            bundle: a Flower app bundle, whose code is for nodes of Flower's own; ``None``: one without code.
 
         Raises:
             PeerError: the SuperLink cannot be reached, does not know the secret, or has other runs waiting.
         """
         with self._errors(), closing(self._control()) as control, closing(self._executor()) as executor:
-            number = _start(control)
+            number = _start(control, _named() if bundle is None else bundle)
             token = _claim(executor, number)
         grid = _Grid(self.address, token)
         with closing(grid), self._errors():
@@ -114,6 +117,12 @@ class SuperLink:
         # An error means that it is over, or that the SuperLink forgot it.
         with closing(self._control()) as control, suppress(httpx.HTTPError):
             control.StopRun(StopRunRequest(run_id=number))
+
+    def traffic(self, number: int) -> tuple[int, int]:
+        """Bytes that nodes have sent and fetched in a run so far, as the SuperLink counts them."""
+        with self._errors(), closing(self._control()) as control:
+            run = control.ListRuns(ListRunsRequest(run_id=number)).run_dict[number]
+        return run.bytes_recv, run.bytes_sent
 
     def register(self, node: str) -> None:
         """Let the node with this key, in OpenSSH's format, connect; once is enough.
@@ -208,12 +217,16 @@ def _endpoint(address: LinkAddress) -> tuple[str, bool, bytes | None]:
     return address.superlink, address.insecure, address.authorities()
 
 
-def _start(control: ControlHttpClient) -> int:
-    """Register a run; the bundle that Flower wants names tacit's apps and holds no code."""
+def _named() -> bytes:
+    """The bundle that Flower wants: it names tacit's apps and holds no code."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as bundle:
         bundle.writestr("pyproject.toml", PYPROJECT.format(version=version("tacit")))
-    content = archive.getvalue()
+    return archive.getvalue()
+
+
+def _start(control: ControlHttpClient, content: bytes) -> int:
+    """Register a run."""
     fab = Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)
     number: int = control.StartRun(StartRunRequest(fab=fab)).run_id
     return number

@@ -6,7 +6,8 @@ It differs from ``flower-supernode`` in what a hospital's site needs:
   runs the app that it was given.
 - **One process answers all the stages of a round**, so that the keys of a secure sum stay in memory between them, and
   PyTorch is imported once and not for each message.
-- It asks again after milliseconds while a round goes on, and after seconds when it is quiet.
+- It asks again after milliseconds while a round goes on, less often if the SuperLink is slow, and after seconds when
+  it is quiet.
 
 It speaks Flower's Fleet API through Flower's own client: over TLS, each request signed by the node's key.
 """
@@ -58,6 +59,8 @@ HEARTBEAT = 10.0
 """Seconds between signs of life; the SuperLink takes a node for gone after twice this."""
 BRISK, LONGEST_PAUSE, QUIET = 0.03, 0.5, 3.0
 """Seconds between questions for messages: right after one, at most while a round goes on, and when it is quiet."""
+POLITE = 5.0
+"""A SuperLink that is slow has much to do: wait so many times as long as it took to say that there is nothing."""
 ROUND_GOES_ON = 120.0
 """Seconds since the last message after which it is quiet."""
 
@@ -177,10 +180,11 @@ class SuperNode:
             while not self._stop.is_set():
                 if gone.is_set():
                     raise httpx.ConnectError("its sign of life was not accepted")
+                asked = time.monotonic()
                 if self._answer_one(client, node):
                     last, pause = time.monotonic(), BRISK
                     continue
-                self._stop.wait(pause)
+                self._stop.wait(max(pause, min(POLITE * (time.monotonic() - asked), LONGEST_PAUSE)))
                 pause = min(1.5 * pause, LONGEST_PAUSE) if time.monotonic() - last < ROUND_GOES_ON else QUIET
             client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
         finally:
