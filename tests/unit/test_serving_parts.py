@@ -59,11 +59,11 @@ def test_a_network_that_is_not_as_planned_is_told_once() -> None:
             now += 1.0
         return told
 
-    assert sounded(0.0002, [0.041, 0.04] * 10) == [None] * 9 + [0.04] + [None] * 10
-    assert sounded(0.04, [0.0003] * 10)[-1] == 0.0003
+    assert sounded(0.0002, [0.041, 0.04] * 20) == [None] * 29 + [0.04] + [None] * 10
+    assert sounded(0.04, [0.0003] * 30)[-1] == 0.0003
     # A busy process, and a difference that no plan depends on, are no surprise; nor is what comes back too late.
-    assert not any(sounded(0.04, [0.5] * 5 + [0.042] + [0.9] * 14))
-    assert not any(sounded(0.0002, [0.001] * 20))
+    assert not any(sounded(0.04, [0.5] * 5 + [0.042] + [0.9] * 54))
+    assert not any(sounded(0.0002, [0.002] * 60))
     sounding = Sounding(0.0)
     late = sounding.send(0.0)
     sounding.send(1.0)

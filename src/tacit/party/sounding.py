@@ -6,10 +6,10 @@ from collections import deque
 
 WINDOW = 60
 """Of so many round trips, the quickest counts: the others waited for a busy process."""
-_ENOUGH = 10
+_ENOUGH = 30
 _TIMES = 2.0
-_SLACK_S = 0.001
-"""A difference that no plan is changed by, and that a busy process alone may make."""
+_SLACK_S = 0.002
+"""A difference that a busy process alone may make."""
 
 
 class Sounding:
