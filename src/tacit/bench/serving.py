@@ -2,10 +2,13 @@
 
 Before anything is measured, the parties' pools are filled; how fast that goes is the *refill rate*. Unless told
 otherwise the provider then rests while clients ask, as if it had a machine of its own: what it takes to deal is
-measured apart (`tacit bench inference`). The latency of a single request is that of one client, alone, while the
-workers have tickets ready, and is compared with the engine's bare time in the same run: three processes over plain TCP,
-without a service around them, medians taken before and after. Both are measured twice: at work, and after rests, from
-which processors come back slowly and with cold caches.
+measured apart (`tacit bench inference`). It rests until tickets of some size have nearly run out, and deals from then
+to the end of the level, whose figures say for how long: so a level may last longer than the pools.
+
+The latency of a single request is that of one client, alone, while the workers have tickets ready, and is compared with
+the engine's bare time in the same run: three processes over plain TCP, without a service around them, medians taken
+before and after. Both are measured twice: at work, and after rests, from which processors come back slowly and with
+cold caches. Memory is watched while many clients ask.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,18 @@ from torch import Tensor, nn
 from tacit.bench.inference import measure_inference
 from tacit.bench.measuring import inputs_of, versions
 from tacit.bench.nets import build
+from tacit.bench.processes import Growth, Watch, cpu_seconds, watching
 from tacit.errors import InputError, PeerError
 from tacit.identity import key_text
 from tacit.party import push
 from tacit.party.client import Client
 from tacit.party.closed_loop import Asked, ask_on, per_second, quantile
-from tacit.party.cluster_file import ALICE, BOB, PARTIES, PROVIDER, Pools, Serving
+from tacit.party.cluster_file import ALICE, BOB, PROVIDER, Pools, Serving
 from tacit.party.local import LocalService, prepare
 from tacit.party.owning import Owner
 from tacit.party.stocking import TOGETHER
+from tacit.program.lowering import Context
+from tacit.program.network import Network
 
 MODEL = "benched"
 _ALONE = 240
@@ -49,6 +55,8 @@ _RESTOCKING_S = 0.25
 _FILLING_S = 600.0
 _FULL = 0.8
 """Of the disk that the pools may take, from which on they count as full."""
+_LOW = 0.1
+"""Of the tickets of some size that there were in full pools, from which on the provider does not rest any more."""
 _TOLERANCE = 5e-3
 Progress = Callable[[str], None]
 
@@ -65,6 +73,8 @@ class Level:
         errors: requests that failed, by what they failed with.
         wrong: answers that are not what the model gives in the clear.
         cpu_ms: milliseconds of one core that each process took for an answer.
+        dealt_s: seconds during which the provider dealt, since the pools had run low or it was not to rest.
+        memory_mb: the resident memory of each process of the service.
     """
 
     clients: int
@@ -75,6 +85,8 @@ class Level:
     errors: dict[str, int]
     wrong: int
     cpu_ms: dict[str, float]
+    dealt_s: float
+    memory_mb: dict[str, Growth]
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,6 @@ class ServingResult:
         levels: by how many clients ask at once.
         refill_rows_per_s: inputs for which tickets were dealt in a second, while the pools were filled.
         pool_bytes: what bob's pool took once it was full.
-        rss_mb: resident memory of each process when the first level began, and when the last had ended.
         versions: of what computes.
     """
 
@@ -118,7 +129,6 @@ class ServingResult:
     levels: tuple[Level, ...]
     refill_rows_per_s: float
     pool_bytes: int
-    rss_mb: dict[str, tuple[float, float]]
     versions: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,7 +147,8 @@ class Settings:
         workers: worker processes at each party.
         batch_sizes: planned sizes.
         disk_gb: what bob's pool may take.
-        refill: whether the provider deals while clients ask.
+        refill: whether the provider deals all the time while clients ask.
+        network: what to plan the model for; ``None`` for the fewest bytes, as the bare engine is.
 
     Raises:
         InputError: a number is out of range.
@@ -150,6 +161,7 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 8, 64)
     disk_gb: float = 8.0
     refill: bool = False
+    network: Network | None = None
 
     def __post_init__(self) -> None:
         if not self.clients or min(self.clients) < 1:
@@ -181,8 +193,7 @@ def measure_serving(settings: Settings, progress: Progress = lambda text: None) 
             bench = _Bench(service, settings, model, items, progress)
             refill = bench.push()
             alone = [bench.alone(rest) for rest in rests]
-            before, levels = bench.memory(), tuple(bench.level(count) for count in settings.clients)
-            after, pool_bytes = bench.memory(), bench.pool_bytes
+            levels, pool_bytes = tuple(bench.level(count) for count in settings.clients), bench.pool_bytes
     bare.append(_bare(settings.net, rests, progress))
     return ServingResult(
         settings.net,
@@ -192,9 +203,20 @@ def measure_serving(settings: Settings, progress: Progress = lambda text: None) 
         levels,
         refill,
         pool_bytes,
-        {name: (before[name], after[name]) for name in before.keys() & after.keys()},
         versions(),
     )
+
+
+@dataclass
+class _Supply:
+    """The service while clients ask: its memory, and since when the provider deals, if it does."""
+
+    watch: Watch = field(default_factory=Watch)
+    since: float | None = None
+
+    @property
+    def dealt_s(self) -> float:
+        return 0.0 if self.since is None else time.monotonic() - self.since
 
 
 class _Bench:
@@ -207,6 +229,7 @@ class _Bench:
         self._model, self._items = model, items
         self._expected = [model(item).detach() for item in items]
         self.pool_bytes = 0
+        self._full: dict[int, int] = {}
 
     def push(self) -> float:
         """Push the model and fill the pools; inputs for which tickets were dealt in a second."""
@@ -214,7 +237,7 @@ class _Bench:
         cluster, identity = self._service.cluster, self._service.key("owner")
         prepared = push.prepare(
             self._model, [self._items[0]], name=MODEL, owner=key_text(identity.public),
-            batch_sizes=self._settings.batch_sizes,
+            batch_sizes=self._settings.batch_sizes, context=Context(network=self._settings.network),
         )  # fmt: skip
         with Owner(cluster, identity) as owner:
             owner.push(prepared)
@@ -233,11 +256,11 @@ class _Bench:
         """So many clients that do not pause."""
         self._fill()
         self._progress(f"{count} clients for {self._settings.seconds:g} s")
-        with self._resting_provider():
-            before, cpu = _counters(self._service), self._cpu()
+        with self._watched() as supply:
+            before, cpu = _counters(self._service), cpu_seconds(self._service)
             until = time.perf_counter() + self._settings.seconds
             asked = self._ask(count, lambda sent: time.perf_counter() < until)
-            after, spent = _counters(self._service), self._cpu()
+            after, spent, dealt_s = _counters(self._service), cpu_seconds(self._service), supply.dealt_s
         answered = [one for one in asked if one.output is not None]
         batches = after["tacit_batches_total"] - before["tacit_batches_total"]
         rows = after["tacit_rows_total"] - before["tacit_rows_total"]
@@ -254,11 +277,9 @@ class _Bench:
             errors,
             sum(not self._right(one) for one in answered),
             {name: 1000 * (spent[name] - cpu[name]) / max(1, len(answered)) for name in cpu.keys() & spent.keys()},
+            dealt_s,
+            supply.watch.growth(),
         )
-
-    def memory(self) -> dict[str, float]:
-        """Resident memory of every process, in MB."""
-        return {name: _resident_mb(pid) for name, pid in self._processes().items()}
 
     def _right(self, one: Asked) -> bool:
         return one.output is not None and bool(
@@ -292,6 +313,7 @@ class _Bench:
             time.sleep(0.2)
             self._progress(f"filling the pools: tickets for {self._rows():,} inputs")
         self.pool_bytes, rows, seconds = max(self.pool_bytes, held), self._rows(), time.perf_counter() - began
+        self._full = self._tickets()
         return (rows - first) / seconds if rows > first else 0.0
 
     def _wait_stocked(self) -> None:
@@ -303,9 +325,13 @@ class _Bench:
 
     def _rows(self) -> int:
         """Inputs for which alice has tickets on her disk."""
+        return sum(size * count for size, count in self._tickets().items())
+
+    def _tickets(self) -> dict[int, int]:
+        """How many tickets of every size alice has on her disk."""
         text = _metrics(self._service, ALICE)
         found = re.findall(r'tacit_pool_tickets\{batch="(\d+)",model="' + MODEL + r'"\} ([\d.e+]+)', text)
-        return sum(int(size) * int(float(count)) for size, count in found)
+        return {int(size): int(float(count)) for size, count in found}
 
     @contextlib.contextmanager
     def _resting_provider(self) -> Iterator[None]:
@@ -318,19 +344,20 @@ class _Bench:
         finally:
             os.kill(self._service.pid(PROVIDER), signal.SIGCONT)
 
-    def _processes(self) -> dict[str, int]:
-        found = {name: self._service.pid(name) for name in PARTIES}
-        for name in (ALICE, BOB):
-            children = Path(f"/proc/{found[name]}/task/{found[name]}/children")
-            if children.exists():
-                pids = map(int, children.read_text().split())
-                found |= {f"{name}'s worker {number}": pid for number, pid in enumerate(sorted(pids))}
-        return found
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[_Supply]:
+        """Watch the service while clients ask, and end the provider's rest when tickets have nearly run out."""
+        supply = _Supply(since=time.monotonic() if self._settings.refill else None)
 
-    def _cpu(self) -> dict[str, float]:
-        """Seconds of one core that every process has taken, this one included."""
-        found = {name: _cpu_seconds(pid) for name, pid in self._processes().items()}
-        return found | {"clients": time.process_time()}
+        def look() -> None:
+            there = self._tickets()
+            low = any(there.get(size, 0) < _LOW * count for size, count in self._full.items())
+            if low and supply.since is None:
+                os.kill(self._service.pid(PROVIDER), signal.SIGCONT)
+                supply.since = time.monotonic()
+
+        with self._resting_provider(), watching(self._service, look) as supply.watch:
+            yield supply
 
 
 def _bare(net: str, rests: Sequence[float], progress: Progress) -> list[float]:
@@ -370,19 +397,3 @@ def _counters(service: LocalService, party: str = ALICE) -> Mapping[str, float]:
             plain = name.partition("{")[0]
             found[plain] = found.get(plain, 0.0) + float(value)
     return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _resident_mb(pid: int) -> float:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -17,6 +17,7 @@ from tacit.bench.serving import Settings, measure_serving
 from tacit.bench.training import NETS as TRAINED
 from tacit.bench.training import Training, measure_training
 from tacit.errors import InputError
+from tacit.program.network import parse_network
 
 app = typer.Typer(help="Measure tacit on this machine.", no_args_is_help=True)
 
@@ -157,12 +158,18 @@ def serving(
     workers: Annotated[int, typer.Option(help="Worker processes at each party.")] = 1,
     batch_sizes: Annotated[str, typer.Option(help="Planned batch sizes.")] = "1,8,64",
     disk_gb: Annotated[float, typer.Option(help="What bob's pool may take of the disk, in 10^9 bytes.")] = 8.0,
-    refill: Annotated[bool, typer.Option("--refill", help="Have the provider deal while clients ask.")] = False,
+    refill: Annotated[
+        bool, typer.Option("--refill", help="Have the provider deal all the time while clients ask.")
+    ] = False,
+    network: Annotated[
+        str, typer.Option(help="Plan for lan, wan, or RTT,MBPS in ms and Mb/s; for the fewest bytes if not given.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """alice, bob and the provider as services over TLS, asked by many clients at once."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    settings = Settings(net, _numbers(clients), seconds, workers, _numbers(batch_sizes), disk_gb, refill)
+    planned_for = parse_network(network) if network else None
+    settings = Settings(net, _numbers(clients), seconds, workers, _numbers(batch_sizes), disk_gb, refill, planned_for)
     with console.status("") as status:
         result = measure_serving(settings, lambda text: status.update(text))
     for one in result.alone:
@@ -172,14 +179,22 @@ def serving(
         )
     for level in result.levels:
         errors = ", ".join(f"{count} {name}" for name, count in level.errors.items()) or "no errors"
+        dealt = f"; the provider dealt for {level.dealt_s:.0f} s of it" if level.dealt_s else ""
         console.print(
             f"{level.clients} clients: {level.requests_per_s:.0f} predictions a second, p50 {level.p50_ms:.3g} ms, p99 "
             f"{level.p99_ms:.3g} ms, {level.batch_mean:.1f} a batch, {errors}, {level.wrong} wrong; core ms each: "
             + ", ".join(f"{name} {value:.2g}" for name, value in sorted(level.cpu_ms.items()))
+            + dealt
+        )
+        console.print(
+            "    memory, and its growth in the second half: "
+            + ", ".join(
+                f"{name} {one.first:.0f} → {one.last:.0f} MB ({one.slope:+.1f} a minute)"
+                for name, one in level.memory_mb.items()
+            )
         )
     console.print(
-        f"Pools: {result.pool_bytes / 1e9:.2f} GB, refilled at {result.refill_rows_per_s:.0f} inputs a second. Memory: "
-        + ", ".join(f"{name} {first:.0f} → {last:.0f} MB" for name, (first, last) in sorted(result.rss_mb.items()))
+        f"Pools: {result.pool_bytes / 1e9:.2f} GB, refilled at {result.refill_rows_per_s:.0f} inputs a second."
     )
     if as_json:
         print(json.dumps(result.as_dict()))
