@@ -1,5 +1,6 @@
 """Parts of the service that need no process: what to stock, whom to count on, what to serve, files to ask about."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,16 @@ import pytest
 import torch
 
 from tacit.cli.predict import read_items
-from tacit.errors import DataError, InputError
+from tacit.errors import DataError, InputError, StorageFull
+from tacit.identity import Identity
 from tacit.party.choosing import Unloaded, chosen
+from tacit.party.house import House
+from tacit.party.local import prepare
+from tacit.party.logs import Log
 from tacit.party.promptness import Promptness
 from tacit.party.sounding import Sounding
 from tacit.party.stocking import MOST, TOGETHER, next_lease
+from tacit.party.tickets import Ticket
 from tacit.party.vault import Entry
 from tacit.program.inputs import ModelInput
 
@@ -114,3 +120,29 @@ def test_files_to_ask_about(tmp_path: Path) -> None:
     (tmp_path / "bad.npy").write_bytes(b"junk")
     with pytest.raises(DataError, match=r"bad\.npy is not a readable \.npy array"):
         read_items(tmp_path / "bad.npy", wanted)
+
+
+def test_what_a_full_disk_does_not_let_go_of_is_thrown_away_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, log = prepare(tmp_path), io.StringIO()
+    house = House("bob", cluster, Identity.load(tmp_path / "bob.key"), tmp_path / "bob", Log("bob", log))
+    tickets = [Ticket("a" * 64, 1, serial) for serial in range(3)]
+    house.pool.put_seeds(dict.fromkeys(tickets, bytes(16)))
+
+    def full(*_: object) -> None:
+        raise StorageFull("the disk is full")
+
+    with monkeypatch.context() as patched:
+        for name in ("lease", "claim", "discard", "discard_ready"):
+            patched.setattr(house.pool, name, full)
+        assert house.lease("a" * 64, 1, 1) == house.claim(tickets) == house.discard_ready(tickets) == []
+        house.discard(tickets[:2])
+        house.tidy()
+    assert log.getvalue().count("disk_full") == 5
+    assert house.pool.serials("a" * 64, 1) == [0, 1, 2]
+    house.tidy()
+    assert house.pool.serials("a" * 64, 1) == [2]
+    assert house.claim([tickets[2]]) == [tickets[2]]
+    house.pool.close()
+    house.jobs.close()

@@ -205,6 +205,7 @@ class Front(ABC):
     async def _ticking(self) -> None:
         metrics = self.house.metrics
         while True:
+            await asyncio.to_thread(self.house.tidy)
             self.levels = await asyncio.to_thread(self.house.pool.levels)
             await self.tick()
             named = {(self.crew.name_of(model), batch): count for (model, batch), count in self.levels.items()}
