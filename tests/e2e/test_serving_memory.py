@@ -16,9 +16,9 @@ PROCESSES = {"alice", "bob", "provider", "alice's worker 0", "bob's worker 0"}
 BYTES_A_REQUEST = 250
 """What a process may keep of a request at most. The least that anything kept by mistake takes, an entry of a dict with
 its key, is about as much; the shares of one input to this model take 6,272 bytes."""
-NOISE_MB = 4.0
-"""What the allocator's pages come to in a minute without any growth, with some room: heaps of several threads, and a
-few tensors of a batch of 8 more than were ever alive at once."""
+NOISE_MB = 7.0
+"""The parties' allocator takes huge pages of 2 MiB (`tacit.party.children`): two that come in the middle of the half,
+as when a thread's heap is a little larger than ever before, make a slope of 6.3 MB."""
 
 
 @pytest.mark.slow
