@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from namespaces import Namespaces
-from sites import answering, grid_of, tables, write_files
+from sites import Clock, answering, grid_of, tables, write_files
 from tacit.data.examples import Examples
 from tacit.federated.secure_sum.client import Policy
 from tacit.federated.secure_sum.mean import SecureMean
@@ -145,19 +145,6 @@ def in_one_process(
             grid.meddle = meddle
             assert made.advance().cohort == tuple(cohort)
         return made.model().state_dict()
-
-
-class Clock:
-    """Time that passes when somebody waits."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def now(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 class Credulous(Processes):

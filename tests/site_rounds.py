@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sites import Files, LocalGrid, Meddle
+from sites import Clock, Files, LocalGrid, Meddle
 from tacit.data.examples import Examples
 from tacit.federated.devices_schedule import RoundPolicy
 from tacit.federated.fedavg import FedAvg
@@ -45,19 +45,6 @@ MASKED = CLEAR + "[secure_sum]\nmost_examples = 50\n"
 OPEN = 'privacy = "none"\nclear = true\n'
 SECRET = 'privacy = "none"\n'
 TIMING = Timing(work=20, stage=5, linger=0.0, gather=0.2, join=0.2)
-
-
-class Clock:
-    """Time that passes when somebody waits."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def now(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 def over_sites(

@@ -21,7 +21,9 @@ from tacit.federated.history import RoundRecord
 from tacit.identity import Identity, key_text
 from tacit.runs import over_sites
 from tacit.runs.train import OnBoard, start, unwatched
+from tacit.runtimes.flower import strategy
 from tacit.runtimes.flower.client_app import client_app
+from tacit.runtimes.flower.courier import Courier
 from tacit.runtimes.flower.federation_file import FederationFile, entry
 from tacit.sites.config import SiteFile
 from tacit.sites.site import Site
@@ -164,6 +166,19 @@ class LocalLink:
         """All are known."""
 
 
+class Clock:
+    """Time that passes when somebody waits."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
 def train_over(
     monkeypatch: pytest.MonkeyPatch,
     files: Files,
@@ -172,9 +187,11 @@ def train_over(
     watch: OnBoard = unwatched,
 ) -> tuple[RoundRecord, ...]:
     """What ``tacit train`` makes of a configuration, in the folder ``run``, with a grid for its SuperLink."""
+    clock = Clock()
     monkeypatch.setattr(over_sites, "SuperLink", lambda address, secret: LocalLink(grid))
+    monkeypatch.setattr(strategy, "Courier", lambda grid: Courier(grid, clock.now, clock.sleep))
     (files.folder / "superlink.secret").write_bytes(bytes(32))
-    (files.folder / "coordinator.toml").write_text("[wait]\nwork = 5.0\nstage = 0.3\njoin = 0.2\ngather = 0.2\n")
+    (files.folder / "coordinator.toml").write_text("[wait]\nstage = 5.0\njoin = 5.0\ngather = 5.0\n")
     (files.folder / "run.toml").write_text(text)
     return start(files.folder / "run.toml", files.folder / "run", None, None, watch).history
 
