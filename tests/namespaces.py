@@ -126,6 +126,11 @@ class Namespaces:
         with ThreadPoolExecutor(1) as threads:
             return threads.submit(entered).result()
 
+    def forward(self) -> None:
+        """Have the router pass packets on between the machines, which otherwise reach each other by a relay on it."""
+        command = ["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]
+        subprocess.run(self.command(ROUTER, command), check=True, capture_output=True)
+
     def unplug(self, name: str) -> None:
         """Pull a machine's cable."""
         self._inside(ROUTER, "link", "set", f"to{self.names.index(name)}", "down")
