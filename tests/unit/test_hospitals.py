@@ -57,6 +57,7 @@ def test_the_report_shows_every_way_and_its_sources(tmp_path):
     HTMLParser().feed(page)
     assert "<b>" not in page
     assert "80.0% (0.90)" in page
+    assert "no ε counts them" in page
     assert "70.0%</td>" in page
     assert "hospitals &lt;over&gt; Flower" in page
     assert page.count("heart_seed42.csv") == 1

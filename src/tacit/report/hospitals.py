@@ -100,7 +100,7 @@ def _header(report: HospitalsReport) -> str:
 <p class="kicker">tacit: a training among hospitals</p>
 <h1>Train together, <span>keep it apart.</span></h1>
 <p class="lead">{escape(names)} trained models of heart disease in processes of their own, over Flower. Their
-features were standardised, their updates summed and the models tried by secure sums; noise at each hospital protects
+features were standardised, their updates summed and the models tried by secure sums; noise in the updates protects
 single patients. All of it took {duration(report.seconds)}.</p>
 </header>"""
 
@@ -127,7 +127,9 @@ def table(scores: Sequence[Scores], hospitals: Sequence[str]) -> str:
 {rows}
 </tbody>
 </table></div>
-<p class="note">Accuracy on patients that were kept back, with the area under the ROC curve in parentheses.</p>
+<p class="note">Accuracy on patients that were kept back, with the area under the ROC curve in parentheses. ε is what
+the hospital has spent that spent most: over Flower, where each keeps one account, on this model and those before it.
+The sums that standardise features and try models carry no noise, and no ε counts them.</p>
 {sources}"""
 
 
