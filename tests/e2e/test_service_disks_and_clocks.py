@@ -137,7 +137,7 @@ def test_wall_clocks_may_jump_by_years_at_any_moment(tmp_path: Path, monkeypatch
             service.wait_ready()
             pushed(service)
             with Asking(service, MODEL) as asking:
-                for years in (20, -30, 0.001, -0.001, 1000, 0):
+                for years in (20, -30, 0.001, -0.001, 200, 0):
                     with open(offset, "r+b") as file:
                         file.write(struct.pack("<q", int(years * YEAR_S)))
                     injected("clocks that jump")
