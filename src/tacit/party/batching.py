@@ -28,7 +28,7 @@ _REMINDERS = 4096
 """How many may be kept for requests that have left."""
 _SECONDS_PER_WEIGHT = 0.001
 _LATE = Refusal(Reason.DEADLINE, "the deadline has passed: give more time, or ask when less is waiting")
-_MISSING = Refusal(Reason.MISSING, "the other party never had its share of this request: send one to each")
+_MISSING = Refusal(Reason.MISSING, "the other party never had its share of this request: send one to each", 1.0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import uvloop
 from torch import Tensor
 
-from tacit.errors import InputError
+from tacit.errors import InputError, PeerError
 from tacit.identity import Identity, key_text
 from tacit.party import cluster_file
 from tacit.party.client import TIMEOUT_S, Client, Description, Results
@@ -71,10 +72,16 @@ class Connection:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Have the connection's thread do something, and wait for it; an interruption cancels it."""
+        """Have the connection's thread do something, and wait for it; an interruption cancels it.
+
+        Raises:
+            PeerError: the connection was closed meanwhile; and whatever the work raises.
+        """
         future = self.submit(work)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise PeerError("the connection was closed") from None
         except BaseException:
             future.cancel()
             raise
@@ -100,9 +107,11 @@ class Connection:
             self._stop()
 
     def _stop(self) -> None:
+        self.run(_rest_cancelled())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        with contextlib.suppress(OSError):  # a name that is being looked up cannot be given up
+            self._loop.close()
 
     def __enter__(self) -> Connection:
         return self
@@ -154,6 +163,14 @@ def connect(cluster: str | Path | ClusterFile, key: str | Path | Identity) -> Co
     """
     known = cluster if isinstance(cluster, ClusterFile) else cluster_file.read(Path(cluster))
     return Connection(known, key if isinstance(key, Identity) else Identity.load(Path(key)))
+
+
+async def _rest_cancelled() -> None:
+    """Cancel whatever else the loop does."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _made(cluster: ClusterFile, identity: Identity) -> Client | None:

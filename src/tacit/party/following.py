@@ -27,7 +27,7 @@ MISSING_S = 0.05
 """How long a batch, for which alice's worker waits already, waits for a share that has not come."""
 _SLACK_S = 60.0
 """How much longer than its deadline a share is kept that alice never mentions."""
-_NEVER = Refusal(Reason.MISSING, "alice never had her share of this request: send one to each party")
+_NEVER = Refusal(Reason.MISSING, "alice never had her share of this request: send one to each party", 1.0)
 
 
 @dataclass(repr=False)

@@ -44,7 +44,7 @@ _RECENT = 64
 _OVER = 256
 """Requests that are over, before bob is told of them by themselves; else it is with the next batch."""
 _HALF = Refusal(Reason.FAILED, "the batch failed: bob's worker ended before his shares of the results were sent")
-_MISSING = Refusal(Reason.MISSING, "bob did not have his share of this request in time: send one to each party")
+_MISSING = Refusal(Reason.MISSING, "bob did not have his share of this request in time: ask again", 1.0)
 
 
 class Leader:

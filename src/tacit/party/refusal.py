@@ -40,7 +40,7 @@ class Refusal(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     def error(self) -> TacitError:
         """What the client raises."""
         match self.reason:
-            case Reason.BUSY | Reason.STOPPING:
+            case Reason.BUSY | Reason.STOPPING | Reason.MISSING:
                 return Busy(self.text, self.retry_after_s)
             case Reason.EMPTY:
                 return PoolEmpty(self.text, self.retry_after_s)
@@ -52,5 +52,5 @@ class Refusal(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
                 return PeerError(self.text)
             case Reason.INVALID:
                 return InputError(self.text)
-            case Reason.CANCELLED | Reason.GONE | Reason.MISSING:
+            case Reason.CANCELLED | Reason.GONE:
                 return Refused(self.text)
