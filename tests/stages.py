@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import tacit
@@ -151,11 +152,13 @@ def sends_half(world: World) -> None:
 
 
 def spoils(world: World) -> None:
-    """Some of bob's ticket files change."""
-    files = (world.service.folder / "bob" / "pool" / "tickets").iterdir()
-    numbered = {path: path.name.rpartition("-")[2] for path in files}
-    whole = [path for path in numbered if numbered[path].isdigit()]
-    for path in sorted(whole, key=lambda path: int(numbered[path]))[:6]:
+    """Some of bob's ticket files change: of every model and batch size those that are taken next."""
+    lines: dict[str, list[tuple[int, Path]]] = {}
+    for path in (world.service.folder / "bob" / "pool" / "tickets").iterdir():
+        line, _, serial = path.name.rpartition("-")
+        if serial.isdigit():
+            lines.setdefault(line, []).append((int(serial), path))
+    for path in [path for numbered in lines.values() for _, path in sorted(numbered)[:6]]:
         with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
             file.seek(-1, os.SEEK_END)
             last = file.read()

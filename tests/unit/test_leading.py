@@ -112,7 +112,7 @@ async def alice_with_two_pairs(folder: Path) -> Party:
     alice = Party("alice", folder, Leader)
     leader, pool = alice.side, alice.house.pool
     pool.put_seeds({Ticket(alice.digest, SIZE, serial): bytes(16) for serial in range(200)})
-    leader.serve(alice.digest)
+    leader.model_served(alice.digest)
     leader.pairing.connect()
     leader.pairing.refresh(pool.levels())
     for number, worker in enumerate(leader.crew.workers):
@@ -287,5 +287,31 @@ def test_bob_s_worker_is_expected_to_notice_that_alice_s_has_left_its_run(tmp_pa
         bob.side.alice_said(messages.Pair(0, bytes([1] * 32)))
         assert bob.expected == [0]
         await bob.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_comes_or_goes_is_known_to_all_of_alice_at_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        alice = await alice_with_two_pairs(tmp_path)
+        crew, leader = alice.side.crew, alice.side
+        ticks: list[int] = []
+
+        async def opened(digest: str) -> Any:
+            # The disk takes its time, and meanwhile everything else goes on.
+            await asyncio.sleep(0.01)
+            leader.set_stock({})
+            ticks.append(len(crew.served))
+            return pushed(sizes=(SIZE,)).alice if digest == alice.digest else None
+
+        crew._opened = opened
+        await alice.ask(0)
+        await crew.serve([])
+        leader.set_stock({})
+        await crew.serve([alice.digest, "0" * 64])
+        leader.set_stock({})
+        assert ticks == [0, 1]
+        assert list(crew.served) == [alice.digest]
+        await alice.close()
 
     asyncio.run(scenario())

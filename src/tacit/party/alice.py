@@ -117,13 +117,8 @@ class Alice(Front):
                 return  # he has not said yet what he has, and will
             entries = await asyncio.to_thread(self.house.vault.list)
             models = chosen(entries, self._bob_has, self._unloaded.names)
-            before = set(self.crew.served)
-            if set(models) != before:
-                for model in before - set(models):
-                    self._leader.forget(model)
+            if set(models) != self.crew.served.keys():
                 await self.crew.serve(models)
-                for model in self.crew.served.keys() - before:
-                    self._leader.serve(model)
             self._control.say(Serve(list(self.crew.served)))
             self._decided = True
             self._admit()

@@ -40,7 +40,13 @@ class Served:
 
 
 class Watcher(Protocol):
-    """Who is told what workers do."""
+    """Who is told what is served, and what workers do."""
+
+    def model_served(self, model: str) -> None:
+        """A model is served from this moment on."""
+
+    def model_gone(self, model: str) -> None:
+        """A model is served no longer from this moment on."""
 
     def worker_started(self, worker: WorkerProcess) -> None:
         """A worker is there, with no model and no link."""
@@ -84,6 +90,7 @@ class Crew:
         """Have the workers hold these model versions and no others, but for those that cannot be opened."""
         async with self._serving:
             for digest in self.served.keys() - set(digests):
+                self._watcher.model_gone(digest)
                 self._log("model_unloaded", model=self.served.pop(digest).part.name, version=digest[:12])
                 for worker in self.workers:
                     worker.models.discard(digest)
@@ -91,6 +98,7 @@ class Crew:
             for digest in digests:
                 if digest not in self.served and (part := await self._opened(digest)):
                     self.served[digest] = Served(replace(part, variants=()))
+                    self._watcher.model_served(digest)
                     self._log("model_loaded", model=part.name, version=digest[:12])
                     for worker in self.workers:
                         _install(worker, part)

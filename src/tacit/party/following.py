@@ -204,7 +204,13 @@ class Follower:
         for id in requests:
             self.clients.forget(id)
 
-    # What workers do.
+    # What the crew serves, and what its workers do.
+
+    def model_served(self, model: str) -> None:
+        """See `Watcher`; alice decides what becomes of requests."""
+
+    def model_gone(self, model: str) -> None:
+        """See `Watcher`; alice decides what becomes of requests."""
 
     def worker_started(self, worker: WorkerProcess) -> None:
         """See `Watcher`."""

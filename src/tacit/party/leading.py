@@ -86,17 +86,6 @@ class Leader:
         """How many requests wait."""
         return len(self._scheduler)
 
-    def serve(self, model: str) -> None:
-        """Take requests for a model that the crew has."""
-        part = self.crew.served[model].part
-        self._scheduler.add_model(model, part.batch_sizes, part.name)
-
-    def forget(self, model: str) -> None:
-        """Take no more requests for a model; what waits is refused."""
-        gone = Refusal(Reason.GONE, "this version of the model is not served any more")
-        self._refuse(self._scheduler.drop_model(time.monotonic(), model, gone))
-        self.pairing.forget(model)
-
     def drain(self, refusal: Refusal) -> None:
         """Take no more requests, and refuse what waits; what runs will be answered."""
         self.clients.closed = refusal
@@ -258,7 +247,18 @@ class Leader:
         name, metrics = self.crew.name_of(batch.model), self._house.metrics
         metrics.ran(name, batch.size, batch.rows, ran)
 
-    # What workers do.
+    # What the crew serves, and what its workers do.
+
+    def model_served(self, model: str) -> None:
+        """See `Watcher`."""
+        part = self.crew.served[model].part
+        self._scheduler.add_model(model, part.batch_sizes, part.name)
+
+    def model_gone(self, model: str) -> None:
+        """See `Watcher`; what waits for it is refused."""
+        gone = Refusal(Reason.GONE, "this version of the model is not served any more")
+        self._refuse(self._scheduler.drop_model(time.monotonic(), model, gone))
+        self.pairing.forget(model)
 
     def worker_started(self, worker: WorkerProcess) -> None:
         """See `Watcher`."""
