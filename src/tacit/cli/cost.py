@@ -32,8 +32,12 @@ def cost(
     """Plan encrypted inference with a model: rounds, bytes and time, operator by operator. Nothing is run."""
     link = parse_network(network)
     build, usual_item = _model(model)
-    shape = (_positive("batch", batch), *(_item(item) if item or usual_item is None else usual_item))
-    simple = simplify(Model(*trace(build(), (torch.zeros(shape),))))
+    rows, built = _positive("batch", batch), build()
+    item_shape = _item(item) if item else usual_item
+    if item_shape is None:
+        raise InputError(f"{model} may take anything: give --item, the shape of one input, such as 1,28,28")
+    shape = (rows, *item_shape)
+    simple = simplify(Model(*trace(built, (torch.zeros(shape),))))
     shapes = {name: value.shape for name, value in simple.state.items()}
     planned = plan_execution(simple.graph, shapes, [shape], Context(network=link))
     Console(soft_wrap=True).print(_table(planned, link, f"{model}, batch {batch}, {network}"))
