@@ -193,9 +193,15 @@ class Bob(Front):
         key, future = tuple(tickets), concurrent.futures.Future[list[Ticket]]()
         self._trimming[key] = future
         try:
-            self._loop.call_soon_threadsafe(self._control.say, Trim(tickets))
+            self._loop.call_soon_threadsafe(self._ask_to_trim, key, future)
             return future.result(_TRIMMING_S)
         except (TimeoutError, concurrent.futures.CancelledError):
             raise PeerError("alice did not throw tickets away that bob has no room for") from None
         finally:
             del self._trimming[key]
+
+    def _ask_to_trim(self, tickets: tuple[Ticket, ...], future: concurrent.futures.Future[list[Ticket]]) -> None:
+        if self._control.connected:
+            self._control.say(Trim(list(tickets)))
+        else:
+            future.cancel()
