@@ -220,7 +220,8 @@ class Pairing:
         if pair.token != token:
             return
         for voucher in vouchers:
-            pair.worker.call(worker_calls.Stock(voucher))
+            if pair.has(voucher.ticket):  # bob's worker may have found it spoiled meanwhile
+                pair.worker.call(worker_calls.Stock(voucher))
         refused = [ticket for ticket in asked if ticket not in tickets and pair.spoiled(ticket)]
         if refused:
             self._house.log("tickets_unknown_to_bob", worker=pair.number, count=len(refused))
