@@ -431,6 +431,26 @@ def test_parties_reconcile_what_a_crash_or_an_old_copy_left(tmp_path: Path) -> N
     bob.close()
 
 
+def test_alice_compares_in_the_middle_of_a_session_what_is_dealt_meanwhile_stays(tmp_path: Path) -> None:
+    alice, bob = PoolStore(tmp_path / "alice", KEY, LIMIT), filled(tmp_path / "bob", range(6))
+    alice.put_seeds({ticket(serial): seed(serial) for serial in range(6)})
+    bob.discard([ticket(4), ticket(5)])  # the provider died before it told him that she has them
+    assert alice.lease(MODEL, 8) == [ticket(0)]
+    said = bob.holdings()
+    for name in (ticket(6), ticket(0, OTHER)):
+        bob.put(name, seed(6))
+        alice.put_seeds({name: seed(6)})
+    assert alice.reconcile(said, begun=True) == 2
+    assert alice.serials(MODEL, 8) == [1, 2, 3, 6], "6 came to both after he had said what he holds"
+    assert alice.serials(OTHER, 8) == [0], "he had not heard of this model when he said it"
+    assert alice.read(ticket(0)) == (seed(0), []), "what she has taken, and he has not yet, stays"
+    assert alice.reconcile(bob.holdings(), begun=True) == 0
+    bob.drop_model(OTHER)
+    assert alice.reconcile(bob.holdings(), begun=True) == 1
+    alice.close()
+    bob.close()
+
+
 def test_what_was_taken_is_not_thrown_away_with_what_is_ready(tmp_path: Path) -> None:
     store = filled(tmp_path, range(4))
     assert store.lease(MODEL, 8) == [ticket(0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 
@@ -17,6 +18,7 @@ from tacit.party.house import House
 from tacit.party.jobs.agreeing import JobFromBob
 from tacit.party.leading import Leader
 from tacit.party.messages import Echo, FromBob, Holdings, Serve, Sound, Status, Trim, Trimmed
+from tacit.party.pool import Holding
 from tacit.party.refill import Line
 from tacit.party.refilling import take_seeds
 from tacit.party.refusal import Reason, Refusal
@@ -134,10 +136,7 @@ class Alice(Front):
             first = await self._control.hear(channel)
             if not isinstance(first, Holdings):
                 raise CodecError("bob said something else first than what he holds")
-            gone = await asyncio.to_thread(self.house.reconcile, first.holdings)
-            if gone:
-                self.house.log("tickets_that_bob_has_not", count=gone)
-                self.house.metrics.burned.inc(gone)
+            await asyncio.to_thread(self.house.reconcile, first.holdings)
             self._bob_has, self._bob_stops = None, False
             self._admit()
             self._pairing.connect()
@@ -166,6 +165,8 @@ class Alice(Front):
                 self._leader.bob_lacks(batch, requests)
             case messages.Broke(batch):
                 self._leader.bob_broke(batch)
+            case Holdings(holdings):
+                self.tasks.start(self._compare(holdings))
             case Trim(tickets):
                 self.tasks.start(self._trim(tickets))
             case Echo(number):
@@ -182,6 +183,11 @@ class Alice(Front):
         if (seconds := self._sounding.surprise()) is not None:
             planned_ms = self.house.cluster.network.rtt_ms
             self.house.log("network_is_not_as_planned", round_trip_ms=1000 * seconds, planned_ms=planned_ms)
+
+    async def _compare(self, holdings: list[Holding]) -> None:
+        """Throw away what bob has thrown away without her: when the provider left him in the middle of dealing."""
+        with contextlib.suppress(PeerError):  # her disk is full: it is done another time
+            await asyncio.to_thread(self.house.reconcile, holdings, begun=True)
 
     async def _trim(self, tickets: list[Ticket]) -> None:
         thrown = await asyncio.to_thread(self.house.discard_ready, tickets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 
 from tacit.errors import CodecError, PeerError, one_line
 from tacit.party import calling, messages
@@ -22,9 +23,11 @@ from tacit.party.refill import Line
 from tacit.party.refilling import Refilling
 from tacit.party.session_messages import Purpose
 from tacit.party.tickets import Ticket
+from tacit.wire import Kind
 
 _AGAIN_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 _TRIMMING_S = 30.0
+_COMPARING_S = 10.0
 
 
 class Bob(Front):
@@ -128,12 +131,10 @@ class Bob(Front):
             first = await self._control.hear(channel)
             if not isinstance(first, Holdings):
                 raise CodecError("alice said something else first than what she holds")
-            gone = await asyncio.to_thread(self.house.reconcile, first.holdings)
+            await asyncio.to_thread(self.house.reconcile, first.holdings)
             self._seen_by_alice = {(one.model, one.batch): one.seen for one in first.holdings}
-            if gone:
-                self.house.log("tickets_that_alice_has_not", count=gone)
-                self.house.metrics.burned.inc(gone)
             self.house.log("alice_connected")
+            self.tasks.start(self._compare(channel))
             await self._report()
             self._follower.introduce()
             self.jobs.connected()
@@ -144,6 +145,14 @@ class Bob(Front):
             self.jobs.disconnected()
             for future in self._trimming.values():
                 future.cancel()
+
+    async def _compare(self, channel: Channel) -> None:
+        """Tell alice again and again what is in the pool: she throws away what is not."""
+        with contextlib.suppress(PeerError):
+            while True:
+                await asyncio.sleep(_COMPARING_S)
+                holdings = Holdings(await asyncio.to_thread(self.house.pool.holdings))
+                await channel.deliver(Kind.CALL, body=messages.encode(holdings))
 
     def _heard(self, message: FromAlice) -> None:
         match message:

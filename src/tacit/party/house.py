@@ -98,16 +98,20 @@ class House:
         except StorageFull as error:
             return self._none(error)
 
-    def reconcile(self, others: Sequence[Holding]) -> int:
-        """Throw away what the other party does not have; how many tickets.
+    def reconcile(self, others: Sequence[Holding], begun: bool = False) -> int:
+        """Throw away what the other party does not have; how many tickets. See `PoolStore.reconcile`.
 
         Raises:
             PeerError: this disk is too full for it, and the two cannot go on together.
         """
         try:
-            return self.pool.reconcile(others)
+            gone = self.pool.reconcile(others, begun)
         except StorageFull as error:
             raise PeerError(one_line(error)) from error
+        if gone:
+            self.log("tickets_that_the_other_has_not", count=gone)
+            self.metrics.burned.inc(gone)
+        return gone
 
     def vouchers(self, tickets: Iterable[Ticket]) -> list[Voucher]:
         """The vouchers of tickets that were taken, but for those that have been thrown away since."""

@@ -184,7 +184,8 @@ OwnerReply = Done | Pulled | Models | Failed | JobReply
 
 
 class Holdings(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """What is in the sender's pool: the first message of either side, before any ticket is taken."""
+    """What is in the sender's pool: the first message of either side, before any ticket is taken; bob says it again
+    every ten seconds."""
 
     holdings: list[Holding]
 

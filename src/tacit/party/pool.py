@@ -251,16 +251,18 @@ class PoolStore:
             seen = ledger.execute("SELECT model, batch, serial FROM seen ORDER BY model, batch").fetchall()
         return [Holding(model, batch, serial, ready.get((model, batch), [])) for model, batch, serial in seen]
 
-    def reconcile(self, others: Sequence[Holding]) -> int:
+    def reconcile(self, others: Sequence[Holding], begun: bool = False) -> int:
         """Throw away the tickets that the other party does not have: it used or lost them, or never had them.
 
         Tickets that came since this pool was opened stay if they are above all that the other has seen of their model
         and batch size: they may be on their way to it. Both parties do this at the start of a session, before either
         takes a ticket: a ticket that one of them has used is then gone at both, even if the other's disk was put back
-        to an earlier state.
+        to an earlier state. Alice, who has nothing that bob did not have before her, may do it again at any time.
 
         Args:
             others: the other party's `holdings`.
+            begun: whether the session has begun: tickets of a model and batch size that the other says nothing of may
+                then have come since it said so, and stay, too.
 
         Returns:
             How many were thrown away.
@@ -270,7 +272,7 @@ class PoolStore:
         with self._guard:
             for one in self.holdings():
                 other = there.get((one.model, one.batch))
-                seen, serials = (other.seen, {*other.serials}) if other else (one.seen, set[int]())
+                seen, serials = (other.seen, {*other.serials}) if other else (-1 if begun else one.seen, set[int]())
                 missing = (Ticket(one.model, one.batch, serial) for serial in one.serials if serial not in serials)
                 gone += [ticket for ticket in missing if ticket.serial <= seen or ticket in self._old]
             self.discard(gone)
