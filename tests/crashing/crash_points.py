@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from tacit.party import driver, session, vouchers, worker_calls
+from tacit.party import driver, session, vouchers, worker_calls, workers
 from tacit.party.channel import Channel
 from tacit.party.transport import Link
 from tacit.wire import Frame, Kind
@@ -129,6 +129,8 @@ def installed(owner: Any, name: str) -> Callable[..., Any]:
 
 
 def install() -> None:
+    workers._AGAIN_S = (0.0, 0.5, 1.0)  # type: ignore[assignment]  # one that dies so often is not started for 15 s
+
     Channel._write, Link.send = sending(Channel._write), sending(Link.send)  # type: ignore[method-assign]
     receive = Channel.receive
 
