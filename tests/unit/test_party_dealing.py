@@ -2,15 +2,15 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from torch import nn
 
-from tacit.errors import CodecError, InputError, PeerError
+from tacit.errors import CodecError, InputError, PeerError, StorageFull
 from tacit.identity import Identity, key_text
 from tacit.mpc.lockstep import Meter
 from tacit.mpc.shares import reconstruct, share
@@ -361,6 +361,52 @@ def test_bob_goes_on_when_the_provider_is_away_for_a_while(trio: Trio, pushed: P
     refilling.stop()
     wait()
     assert trio.bob.serials(pushed.digest, 1) == [0, 1]
+
+
+def test_what_bob_s_full_disk_does_not_let_go_of_goes_before_he_asks_for_more(
+    trio: Trio, pushed: Push, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider leaves in the middle of a portion, and bob's disk is full: alice has nothing of it."""
+    trio.connect_alice()
+    line, failed, room = (pushed.digest, 1), threading.Event(), threading.Event()
+    put, discard = trio.bob.put, trio.bob.discard
+
+    def put_and_lose_the_provider(*ticket: Any) -> None:
+        put(*ticket)
+        if not failed.is_set():
+            trio.links[-1].close()
+
+    def discard_where_there_is_room(tickets: Iterable[Ticket]) -> None:
+        with trio.bob._guard, monkeypatch.context() as patched:
+            if not room.is_set():
+                patched.setattr(trio.bob._ledger, "transaction", full)
+                failed.set()
+            discard(tickets)
+
+    monkeypatch.setattr(trio.bob, "put", put_and_lose_the_provider)
+    monkeypatch.setattr(trio.bob, "discard", discard_where_there_is_room)
+    refilling = Refilling(trio.connect_bob, trio.bob, lambda tickets: [])
+    refilling.want(trio.models[1], {1: 3})
+    wait = running(refilling.run)
+    assert failed.wait(20)
+    threading.Event().wait(0.5)
+    assert trio.bob.serials(*line) == [0]
+    assert trio.alice.serials(*line) == []
+    assert "full" in refilling.trouble
+    room.set()
+    for _ in range(2000):
+        if trio.alice.levels().get(line) == 3:
+            break
+        threading.Event().wait(0.01)
+    refilling.stop()
+    wait()
+    assert len(trio.bob.serials(*line)) == 3
+    assert trio.bob.serials(*line) == trio.alice.serials(*line)
+    assert trio.bob.nbytes <= 3 * ticket_bytes(trio.models[1], 1)
+
+
+def full() -> NoReturn:
+    raise StorageFull("the disk is full")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"x" * 40])

@@ -134,8 +134,7 @@ def test_what_a_full_disk_does_not_let_go_of_is_thrown_away_later(
         raise StorageFull("the disk is full")
 
     with monkeypatch.context() as patched:
-        for name in ("lease", "claim", "discard", "discard_ready"):
-            patched.setattr(house.pool, name, full)
+        patched.setattr(house.pool._ledger, "transaction", full)
         assert house.lease("a" * 64, 1, 1) == house.claim(tickets) == house.discard_ready(tickets) == []
         house.discard(tickets[:2])
         house.tidy()

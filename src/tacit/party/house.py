@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +47,6 @@ class House:
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
-        self._unwanted, self._guard = set[Ticket](), threading.Lock()
         atomic.make_private(self.folder)
         self.vault = Vault(self.folder / "models", self.identity.storage_key("vault"), self.name)
         limit = int(self.cluster.pools.disk_gb * 1e9)
@@ -78,18 +76,17 @@ class House:
 
     def discard(self, tickets: Iterable[Ticket]) -> None:
         """Throw tickets away; if the disk is too full for it, with the next that are, or by `tidy`."""
-        with self._guard:
-            self._unwanted.update(tickets)
-            try:
-                self.pool.discard(self._unwanted)
-                self._unwanted.clear()
-            except StorageFull as error:
-                self._none(error)
+        try:
+            self.pool.discard(tickets)
+        except StorageFull as error:
+            self._none(error)
 
     def tidy(self) -> None:
         """Throw away what there was no room to throw away before."""
-        if self._unwanted:
-            self.discard(())
+        try:
+            self.pool.tidy()
+        except StorageFull as error:
+            self._none(error)
 
     def discard_ready(self, tickets: Iterable[Ticket]) -> list[Ticket]:
         """Throw away those of these tickets that nobody has taken; which."""

@@ -89,6 +89,7 @@ class PoolStore:
         self._claimed: dict[Ticket, bytes] = {}
         self._file_bytes: dict[Ticket, int] = {}
         self._writing: set[Ticket] = set()
+        self._unwanted: set[Ticket] = set()
         self._old: frozenset[Ticket] = frozenset()
         self._lock = lock(self._folder)
         try:
@@ -218,15 +219,29 @@ class PoolStore:
         return redeem(self.voucher(ticket))
 
     def discard(self, tickets: Iterable[Ticket]) -> None:
-        """Throw tickets away, whether they are ready, taken, given to a worker that is no more, or not there at all."""
+        """Throw tickets away, whether they are ready, taken, given to a worker that is no more, or not there at all.
+
+        Raises:
+            StorageFull: the disk is full; they are thrown away with the next ones, or by `tidy`.
+        """
         with self._guard:
-            gone = set(tickets)
+            self._unwanted.update(tickets)
             with self._ledger.transaction() as ledger:
-                ledger.executemany(_DELETE, map(_row, gone))
+                ledger.executemany(_DELETE, map(_row, self._unwanted))
+            gone, self._unwanted = self._unwanted, set()
             for ticket in gone - self._writing:
                 self._claimed.pop(ticket, None)
                 self._file_bytes.pop(ticket, None)
                 self._path(ticket).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Throw away what the disk was too full to throw away before.
+
+        Raises:
+            StorageFull: it still is.
+        """
+        if self._unwanted:
+            self.discard(())
 
     def discard_ready(self, tickets: Iterable[Ticket]) -> list[Ticket]:
         """Throw tickets away that nobody has taken yet; which of these it was."""

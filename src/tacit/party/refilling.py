@@ -48,6 +48,7 @@ def fetch(link: Link, store: PoolStore, model: Planned, want: Want) -> Dealt:
 
     Raises:
         PeerError: the provider is gone. What came of this is thrown away: it may never have come to alice.
+        StorageFull: the disk is too full to throw away what alice has not; the pool does it as soon as it can.
         CodecError: it sent something else.
         DataError: the pool cannot be used.
     """
@@ -65,6 +66,7 @@ def _fetched(link: Link, store: PoolStore, model: Planned, want: Want, stored: l
         frame = link.receive(Kind.SEED, Kind.REPLY)
         message = decode(frame.body)
         if isinstance(message, Dealt) and frame.kind is Kind.REPLY:
+            stored.clear()
             store.discard(message.lost)
             return message
         if not isinstance(message, Coming) or frame.kind is not Kind.SEED:
@@ -165,6 +167,7 @@ class Refilling:
             while not self._stopping.is_set():
                 self._woken.clear()
                 try:
+                    self._store.tidy()  # what alice has not is no part of what there is
                     link = link or self._dial()
                     busy, self.trouble = self._once(link)
                 except (PeerError, StorageFull) as error:
