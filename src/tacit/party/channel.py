@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from tacit.errors import CodecError, PeerError
+from tacit.party.quota import Quota
 from tacit.wire import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -23,11 +25,11 @@ from tacit.wire import (
     payload_of,
 )
 
-BUFFERED_BYTES = 1 << 20
+BUFFERED_BYTES = 1 << 18
 """What a channel reads ahead."""
-_UNREAD_BYTES = 1 << 26
-"""What may wait for a peer to read it, before the peer counts as gone."""
 _PIECE = 1 << 18
+_IN_TRANSPORT = 1 << 17
+"""What a transport is given before some of it has left: it keeps TLS records for much more than their bytes."""
 
 
 class Channel:
@@ -37,14 +39,22 @@ class Channel:
         reader: of the connection.
         writer: likewise.
         peer: what errors call the other side.
-        unread: bytes that may wait for the peer to read them.
+        quota: what all connections of the peer may hold here together; by default this is its only one.
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: str, unread: int = _UNREAD_BYTES
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        peer: str,
+        quota: Quota[Channel] | None = None,
     ) -> None:
-        self._reader, self._writer, self.peer, self._unread = reader, writer, peer, unread
+        self._reader, self._writer, self.peer = reader, writer, peer
+        self._quota: Quota[Channel] = Quota() if quota is None else quota
         self._sent = self._received = 0
+        self._unsent: deque[bytes] = deque()
+        self._sending: asyncio.Task[None] | None = None
+        writer.transport.set_write_buffer_limits(high=_IN_TRANSPORT)
 
     def send(self, kind: Kind, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
         """Send one frame, without waiting for the peer to read it; what is sent is copied.
@@ -53,21 +63,21 @@ class Channel:
             PeerError: the peer is gone, or has not read for so long that too much waits for it: a slow reader.
         """
         self._write(kind, tensors, body)
-        if self._writer.transport.get_write_buffer_size() > self._unread:
-            self.abort()
+        if slow := self._quota.exceeded_by():
+            slow.abort()
+        if self.closed:
             raise PeerError(f"{self.peer} does not read what it is sent: the connection was closed")
 
     async def deliver(self, kind: Kind, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
-        """Send one frame, however large, and wait until most of it has left.
+        """Send one frame, however much waits then, and wait until most of it has left.
 
         Raises:
             PeerError: the peer is gone.
         """
         self._write(kind, tensors, body)
-        try:
-            await self._writer.drain()
-        except OSError:
-            raise PeerError(f"{self.peer} closed the connection") from None
+        await self._flushed()
+        if self.closed:
+            raise PeerError(f"{self.peer} closed the connection")
 
     async def receive(
         self, *kinds: Kind, limit: int = MAX_PAYLOAD_BYTES, header_limit: int = MAX_HEADER_BYTES
@@ -88,11 +98,12 @@ class Channel:
         head = parse_header(prefix, await self._read(prefix.header_bytes))
         if head.number != self._received:
             raise CodecError(f"{self.peer} sent frame {head.number} where {self._received} is next")
-        landing = Landing(head.items)
-        for view in landing.views:
-            for start in range(0, len(view), _PIECE):
-                piece = view[start : start + _PIECE]
-                piece[:] = await self._read(len(piece))
+        async with self._quota.room(sum(item.nbytes for item in head.items)):
+            landing = Landing(head.items)
+            for view in landing.views:
+                for start in range(0, len(view), _PIECE):
+                    piece = view[start : start + _PIECE]
+                    piece[:] = await self._read(len(piece))
         self._received += 1
         return Frame(prefix.kind, head.number, head.body, landing.tensors())
 
@@ -104,9 +115,14 @@ class Channel:
     def abort(self) -> None:
         """Close the connection at once; what was not sent yet is lost."""
         self._writer.transport.abort()
+        if self._sending:
+            self._sending.cancel()
+            self._sending = None
+        self._forget_unsent()
 
     async def close(self) -> None:
         """Close the connection once what was sent has left."""
+        await self._flushed()
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
@@ -114,8 +130,41 @@ class Channel:
     def _write(self, kind: Kind, tensors: Sequence[Tensor], body: bytes) -> None:
         if self.closed:
             raise PeerError(f"{self.peer} closed the connection")
-        self._writer.writelines([head_bytes(kind, self._sent, items_of(tensors), body), *payload_of(tensors)])
+        frame: list[bytes | memoryview] = [head_bytes(kind, self._sent, items_of(tensors), body), *payload_of(tensors)]
+        size = sum(map(len, frame))
         self._sent += 1
+        if not self._sending and self._writer.transport.get_write_buffer_size() + size <= _IN_TRANSPORT:
+            self._writer.writelines(frame)
+            return
+        self._unsent.append(b"".join(frame))
+        self._quota.waits(self, size)
+        if not self._sending:
+            self._sending = asyncio.get_running_loop().create_task(self._send_on())
+
+    async def _send_on(self) -> None:
+        """Give the transport what waits, as the peer reads it."""
+        try:
+            while self._unsent:
+                frame = memoryview(self._unsent[0])
+                for start in range(0, len(frame), _IN_TRANSPORT):
+                    await self._writer.drain()
+                    if self.closed:
+                        raise ConnectionError
+                    self._writer.write(frame[start : start + _IN_TRANSPORT])
+                self._unsent.popleft()
+                self._quota.left(self, len(frame))
+        except OSError:
+            self._forget_unsent()  # the peer is gone, as whoever reads finds out
+        finally:
+            self._sending = None
+
+    async def _flushed(self) -> None:
+        while self._sending:
+            await asyncio.wait([self._sending])
+
+    def _forget_unsent(self) -> None:
+        self._unsent.clear()
+        self._quota.closed(self)
 
     async def _read(self, count: int) -> bytes:
         try:

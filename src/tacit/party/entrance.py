@@ -15,6 +15,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from weakref import WeakValueDictionary
 
 from tacit.errors import CodecError, PeerError, TacitError, one_line
 from tacit.identity import Identity
@@ -25,6 +26,7 @@ from tacit.party.client_hello import MAX_HELLO_BYTES, route_of
 from tacit.party.cluster_file import ClusterFile
 from tacit.party.logs import Log
 from tacit.party.metrics import Metrics
+from tacit.party.quota import Quota
 from tacit.party.session import Called, Session, permitted
 from tacit.party.session_messages import Purpose, refusal
 from tacit.party.streams import tune
@@ -71,6 +73,7 @@ class Entrance:
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers = 0
         self._sessions: Counter[str] = Counter()
+        self._quotas: WeakValueDictionary[str, Quota[Channel]] = WeakValueDictionary()
 
     async def run(self, listener: socket.socket) -> None:
         """Accept connections until cancelled.
@@ -137,7 +140,8 @@ class Entrance:
         except PeerError:
             transport.abort()
             raise
-        return Channel(reader, writer, caller), caller
+        quota = self._quotas.setdefault(caller, Quota())
+        return Channel(reader, writer, caller, quota), caller
 
     async def _opened(self, channel: Channel, caller: str) -> Session:
         called = Called(self._party, caller, self._pins[caller], permitted(self._cluster, self._party, caller))

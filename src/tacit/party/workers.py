@@ -16,6 +16,7 @@ from tacit.errors import PeerError
 from tacit.party import worker_calls
 from tacit.party.channel import Channel
 from tacit.party.children import ENVIRONMENT
+from tacit.party.quota import Quota
 from tacit.party.worker_calls import Answer, Call, Ping, Pong, Setup
 from tacit.wire import Kind
 
@@ -115,7 +116,7 @@ class WorkerProcess:
         self.models.clear()
         door[0].setblocking(False)
         reader, writer = await asyncio.open_unix_connection(sock=calls[0])
-        self._channel = Channel(reader, writer, f"worker {self.number}", _UNREAD_BYTES)
+        self._channel = Channel(reader, writer, f"worker {self.number}", Quota(unread=_UNREAD_BYTES))
         self._door = door[0]
         pinging = asyncio.create_task(self._ping())
         try:
