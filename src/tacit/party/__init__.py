@@ -3,6 +3,7 @@
 Where to begin, by what you want to understand::
 
     who talks to whom    cluster_file  tls  dialing  streams → transport (Link: frames, both ways at once)
+                         quota → channel (the same for asyncio, within what a peer may hold of the memory)
                          client_hello → entrance (one address a party)   session (one id at caller and parties)
     a run                driver (a protocol over a link)   programs, training, graphs (programs as bytes)
     randomness           tickets → dealing (the provider) → pool, vouchers (a party's disk) → refill, refilling
