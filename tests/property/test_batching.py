@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tacit.errors import InputError
@@ -42,7 +42,7 @@ actions = st.one_of(
         st.booleans(),
         st.sampled_from((None, 0.003, 0.5)),
     ),
-    st.tuples(st.just("form"), st.sets(st.sampled_from(SIZES)), st.sets(st.sampled_from(SIZES))),
+    st.tuples(st.just("form"), *(st.sets(st.sampled_from(SIZES)),) * 3),
     st.tuples(st.just("ready"), st.integers(0, 10**6)),
     st.tuples(st.just("cancel"), st.integers(0, 10**6)),
     st.tuples(st.just("end"), st.integers(0, 10**6), st.sampled_from(("done", "failed", "blamed"))),
@@ -94,8 +94,8 @@ def test_every_request_leaves_once_in_order_and_no_batch_is_too_large(events: li
                     ready.add(request.id)
                 refused(one.submit(now, request, ready=known))
                 assert len(one) <= queue + sum(len(batch.requests) for batch in running) + TRIES * 64
-            case ("form", xs, ys):
-                if batch := one.form(now, tickets := {"x": xs, "y": ys}):
+            case ("form", xs, ys, coming):
+                if batch := one.form(now, tickets := {"x": xs, "y": ys}, {"x": coming}):
                     formed(batch, tickets)
             case ("ready", number) if submitted:
                 request = submitted[number % len(submitted)]
@@ -116,11 +116,12 @@ def test_every_request_leaves_once_in_order_and_no_batch_is_too_large(events: li
     for request in submitted:
         ready.add(request.id)
         one.set_ready(request.id)
-    # With time and tickets enough, everything that is left gets through: nothing is forgotten.
+    # With time and tickets enough, everything that is left gets through: nothing is forgotten, and nothing waits
+    # forever for a ticket that does not come.
     while len(one):
-        now += 0.004
+        now = max(now + 0.004, one.wake_at(now) or 0.0)
         refused(one.expire(now))
-        while batch := one.form(now, ALL):
+        while batch := one.form(now, ALL, ALL):
             formed(batch, ALL)
             end(batch, "done")
     assert outcome.keys() == {request.id for request in submitted}
@@ -133,6 +134,7 @@ def test_every_request_leaves_once_in_order_and_no_batch_is_too_large(events: li
     st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 8)), min_size=1, max_size=120),
     st.sampled_from((8, 64)),
 )
+@example([*zip("adabbfccdde", (6, 1, 1, 3, 5, 2, 5, 5, 5, 4, 4), strict=True)], 8)
 @settings(deadline=None)
 def test_whoever_comes_new_is_served_after_at_most_one_batch_for_every_other_client(
     others: list[tuple[str, int]], size: int
@@ -241,6 +243,36 @@ def test_the_size_that_serves_with_the_least_time_a_row_is_taken() -> None:
         rows_to_size[rows] = batch.size
         one.drain(1.0, GONE)
     assert rows_to_size == {1: 1, 5: 8, 9: 8, 40: 64, 64: 64}
+
+
+def test_a_larger_ticket_that_is_coming_is_waited_for_where_it_serves_what_waits_with_less() -> None:
+    one = scheduler(Policy(latency_s=0.004))
+    small, coming = {"x": [1]}, {"x": [8, 64]}
+    one.submit(0.0, ask(0, "client 0"))
+    batch = one.form(1.0, small, coming)
+    assert batch, "one request is not worth the wait"
+    assert batch.size == 1
+    one.done(1.0, batch, 0.005)
+    for id in range(1, 21):
+        one.submit(1.0, ask(id, f"client {id}"))
+    assert one.form(1.1, small, coming) is None
+    until = one.wake_at(1.1)
+    assert until is not None
+    assert 1.1 < until < 1.2
+    assert one.form((1.1 + until) / 2, small, coming) is None
+    batch = one.form((1.1 + until) / 2, {"x": [1, 8]}, {"x": [64]})
+    assert batch, "batches of 8 serve 20 with as little as one of 64"
+    assert batch.size == 8
+    # What does not come in time is not waited for; the next batch may wait for it again.
+    assert one.form(2.0, small, coming) is None
+    until = one.wake_at(2.0)
+    assert until is not None
+    batch = one.form(until, small, coming)
+    assert batch
+    assert batch.size == 1
+    assert one.form(until, small, coming) is None
+    # A smaller one is never waited for.
+    assert one.form(until, {"x": [64]}, {"x": [1, 8]})
 
 
 def test_a_large_request_waits_for_a_large_ticket_and_lets_others_pass() -> None:

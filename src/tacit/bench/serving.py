@@ -158,8 +158,8 @@ class Settings:
     clients: tuple[int, ...] = (1, 8, 64)
     seconds: float = 20.0
     workers: int = 1
-    batch_sizes: tuple[int, ...] = (1, 8, 64)
-    disk_gb: float = 8.0
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    disk_gb: float = 16.0
     refill: bool = False
     network: Network | None = None
 

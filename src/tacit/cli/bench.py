@@ -156,8 +156,8 @@ def serving(
     clients: Annotated[str, typer.Option(help="How many ask at once, one level after another.")] = "1,8,64",
     seconds: Annotated[float, typer.Option(help="How long each level lasts.")] = 20.0,
     workers: Annotated[int, typer.Option(help="Worker processes at each party.")] = 1,
-    batch_sizes: Annotated[str, typer.Option(help="Planned batch sizes.")] = "1,8,64",
-    disk_gb: Annotated[float, typer.Option(help="What bob's pool may take of the disk, in 10^9 bytes.")] = 8.0,
+    batch_sizes: Annotated[str, typer.Option(help="Planned batch sizes.")] = "1,8,32",
+    disk_gb: Annotated[float, typer.Option(help="What bob's pool may take of the disk, in 10^9 bytes.")] = 16.0,
     refill: Annotated[
         bool, typer.Option("--refill", help="Have the provider deal all the time while clients ask.")
     ] = False,

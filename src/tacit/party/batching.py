@@ -1,7 +1,9 @@
 """What runs next: requests of many clients become batches of the planned sizes. No clock, socket or thread of its own.
 
 Alice's process asks `Scheduler.form` whenever a worker has nothing to do. A batch leaves at once if it is full or if
-nobody else is expected; else its oldest request waits for company, at most the latency budget. Every request leaves
+nobody else is expected; else its oldest request waits for company, at most the latency budget. Small batches cost
+several times as much a row: where so much waits that a larger one would serve it with less, and the worker is making a
+ticket for one ready, that ticket is waited for, at most as long as the larger batch will take. Every request leaves
 exactly once: in a batch that succeeds, or refused with a reason; one whose batch failed by no fault of its own goes
 into one more.
 """
@@ -13,6 +15,7 @@ import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Container, Hashable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tacit.errors import InputError
 from tacit.party.limits import Limits, Rate
@@ -27,6 +30,7 @@ TRIES = 2
 _REMINDERS = 4096
 """How many may be kept for requests that have left."""
 _SECONDS_PER_WEIGHT = 0.001
+_NOTHING: Mapping[str, Collection[int]] = MappingProxyType({})
 _LATE = Refusal(Reason.DEADLINE, "the deadline has passed: give more time, or ask when less is waiting")
 _MISSING = Refusal(Reason.MISSING, "the other party never had its share of this request: send one to each", 1.0)
 
@@ -159,19 +163,22 @@ class Scheduler:
             self._leave(now, waiting)
         return waiting is not None
 
-    def form(self, now: float, tickets: Mapping[str, Collection[int]]) -> Batch | None:
+    def form(
+        self, now: float, tickets: Mapping[str, Collection[int]], coming: Mapping[str, Collection[int]] = _NOTHING
+    ) -> Batch | None:
         """The batch that a free worker should run now.
 
         Args:
             now: the time.
             tickets: the batch sizes, by model, for which this worker has a ticket at hand.
+            coming: those for which it makes one ready.
 
         Returns:
             ``None`` if nothing should run yet; `wake_at` says when to ask again at the latest.
         """
         for name, model in self._models.items():
             sizes = tickets.get(name)
-            if sizes and (taken := self._taken(now, model, sizes)):
+            if sizes and (taken := self._taken(now, model, sizes, coming.get(name, ()))):
                 size, waiting = taken
                 self._models.move_to_end(name)
                 batch = Batch(next(self._numbers), name, size, tuple(one.request for one in waiting))
@@ -241,16 +248,22 @@ class Scheduler:
         times = [self._reminders[0][0]] if self._reminders else []
         for model in self._models.values():
             oldest = model.queue.oldest()
-            if oldest and oldest.arrived + self.policy.latency_s > now:
-                times.append(oldest.arrived + self.policy.latency_s)
+            if oldest:
+                ends = (oldest.arrived + self.policy.latency_s, model.patient_until or 0.0)
+                times += [end for end in ends if end > now]
         return min(times, default=None)
 
-    def _taken(self, now: float, model: _Model, sizes: Collection[int]) -> tuple[int, list[Waiting]] | None:
+    def _taken(
+        self, now: float, model: _Model, sizes: Collection[int], coming: Collection[int]
+    ) -> tuple[int, list[Waiting]] | None:
         queue, largest = model.queue, max(sizes)
         first = queue.next_rows(largest)
         if not first or (queue.rows < largest and not self._due(now, model)):
             return None
-        size = model.best(min(queue.rows, largest), [size for size in sizes if size >= first])
+        size = model.best(queue.rows, [size for size in sizes if size >= first])
+        if model.is_patient(now, size, coming):
+            return None
+        model.patient_until = None
         taken = queue.take(size)
         for one in taken:
             self._exit(one)
@@ -335,6 +348,7 @@ class _Model:
         self.queue = FairQueue()
         self.stock: dict[int, int] = dict.fromkeys(sizes, 0)
         self.per_minute = 0.0
+        self.patient_until: float | None = None
         self._seconds: dict[int, float] = {}
 
     def took(self, size: int, seconds: float) -> None:
@@ -352,6 +366,15 @@ class _Model:
     def best(self, rows: int, sizes: Collection[int]) -> int:
         """The size that serves so many waiting rows with the least time for each."""
         return min(sizes, key=lambda size: (self.seconds(size) / min(rows, size), size))
+
+    def is_patient(self, now: float, size: int, coming: Collection[int]) -> bool:
+        """Whether to wait for a ticket of a larger size that is coming, instead of using one of this size."""
+        better = self.best(self.queue.rows, [size, *(one for one in coming if one > size)])
+        if better == size:
+            return False
+        if self.patient_until is None:
+            self.patient_until = now + self.seconds(better)
+        return now < self.patient_until
 
     def backlog(self) -> float:
         """Seconds that one worker needs for what waits."""

@@ -146,7 +146,7 @@ class Serving(_Section, frozen=True):
         when_empty: whether a request waits for correlated randomness or fails when there is none.
     """
 
-    batch_sizes: tuple[int, ...] = (1, 8, 64)
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
     latency_ms: float = 4.0
     queue: int = 1024
     workers: int = 1

@@ -87,6 +87,14 @@ class Pair:
             {(model, size): len(queue) for model, sizes in self.ready.items() for size, queue in sizes.items()}
         )
 
+    @property
+    def coming(self) -> dict[str, set[int]]:
+        """The batch sizes, by model, of the tickets that are being made ready."""
+        sizes: dict[str, set[int]] = {}
+        for ticket in self._expanding:
+            sizes.setdefault(ticket.model, set()).add(ticket.batch)
+        return sizes
+
     def has(self, ticket: Ticket) -> bool:
         """Whether a ticket is being expanded."""
         return ticket in self._expanding

@@ -106,7 +106,9 @@ class FairQueue:
         line.came(now)
         self._idle.pop(client, None)
         if not line.waiting:
-            line.served = max(line.served, self._served)
+            # What passed a larger request, because there was room for it, does not set back whoever comes now.
+            least = min((one.served for one in self._open.values()), default=self._served)
+            line.served = max(line.served, min(least, self._served))
         line.waiting += 1
         self._all[waiting.request.id] = waiting
         self._unready += not waiting.ready

@@ -1,9 +1,10 @@
 """Which tickets a pair of workers makes ready ahead of need: a decision from counts and sizes.
 
 A *line* is a model version and a batch size. Every line has one ticket ready if there is one, so that nothing waits for
-the first; beyond that, lines have tickets ready in proportion to how often they were used lately, within a limit of
-memory and of count. A line that lacks little is left alone: taking tickets costs both parties a write to their disks
-and messages to and fro, as much for many as for one.
+the first. Half of the memory is divided among lines: each may fill its part whether it is used or not, and no other
+takes that from it. The other half goes to the lines that were used lately, so that what they have ready lasts equally
+long. A line that lacks little is left alone: taking tickets costs both parties a write to their disks and messages to
+and fro, as much for many as for one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ TOGETHER = 8
 """Tickets that are taken from the pool at once, and how many a line lacks before any are."""
 _FORGETTING_S = 10.0
 _UNUSED = 0.1
+"""A line that was used less than that lately counts as not used."""
 
 
 @dataclass
@@ -57,17 +59,19 @@ def next_lease(
     Returns:
         A line and a count; ``None`` if there is enough of everything, or no more to be had.
     """
-    left = memory - sum(held.get(line, 0) * size for line, size in sizes.items())
-    best: tuple[float, Line] | None = None
+    part = memory // (2 * max(1, len(sizes)))
+    taken = {line: max(part, held.get(line, 0) * size) for line, size in sizes.items()}
+    shared = memory - sum(taken.values())
+    best: tuple[float, Line, int] | None = None
     for line, size in sizes.items():
-        have = held.get(line, 0)
-        if levels.get(line, 0) and have <= MOST - TOGETHER and (not have or size <= left):
-            need = (have / (_UNUSED + used.get(line, 0.0)), line)
+        have, lately = held.get(line, 0), used.get(line, 0.0)
+        room = taken[line] - have * size + (max(0, shared) if lately > _UNUSED else 0)
+        if levels.get(line, 0) and have <= MOST - TOGETHER and (not have or size <= room):
+            need = (have / (_UNUSED + lately), line, room)
             best = need if best is None else min(best, need)
     if best is None:
         return None
-    line = best[1]
-    have = held.get(line, 0)
-    fitting = max(1, left // max(1, sizes[line]))
+    _, line, room = best
+    fitting = max(1, room // max(1, sizes[line]))
     # Half of what it has more: lines take turns while all of them fill up.
-    return line, min(levels[line], fitting, TOGETHER, 1 + have // 2)
+    return line, min(levels[line], fitting, TOGETHER, 1 + held.get(line, 0) // 2)
