@@ -4,7 +4,9 @@ import contextlib
 import shutil
 import struct
 import subprocess
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +15,12 @@ import msgspec
 import pytest
 
 import tacit
-from crashes import Asking, Books, crashing, seen
+from crashes import Asking, Books, crashing, ready, seen
 from faults import injected
-from serving import close, cluster_of, inputs, model, pushed
+from serving import close, cluster_of, inputs, model, pushed, until
+from tacit.errors import PoolEmpty
 from tacit.party.cluster_file import PARTIES, Pools
+from tacit.party.connection import RemoteModel
 from tacit.party.local import LocalService
 from tacit.party.owning import Owner
 
@@ -88,6 +92,37 @@ def fill(ballast: Path) -> None:
             file.write(bytes(1 << 12))
 
 
+@contextmanager
+def kept_full(ballast: Path) -> Iterator[None]:
+    """Take all that is left of the disk on which a file lies, and what becomes free of it, for a while."""
+    done = threading.Event()
+
+    def take() -> None:
+        with open(ballast, "wb", buffering=0) as file:
+            while not done.is_set():
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(1 << 12))
+                done.wait(0.005)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        ballast.unlink()
+
+
+def burned(service: LocalService) -> int:
+    """Tickets that alice says were burned."""
+    address = service.cluster.party("alice").http_at
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return next(int(float(line.split()[1])) for line in lines if line.startswith("tacit_tickets_burned_total "))
+
+
 def full(folder: Path) -> bool:
     return shutil.disk_usage(folder).free < 1 << 16
 
@@ -119,6 +154,42 @@ def test_a_disk_that_fills_up_while_tickets_are_dealt_costs_tickets_only(tmp_pat
                 books.in_step()
                 books.check()
         assert seen(asking.outcomes)["right"] > 10
+
+
+def test_while_bob_s_disk_is_full_clients_have_what_is_ready_and_no_ticket_is_burned(tmp_path: Path) -> None:
+    folder = tmp_path / "service"
+    cluster_of(folder, pools=Pools(disk_gb=0.05, ahead=60), when_empty="fail")
+
+    def asked(small: RemoteModel) -> str:
+        try:
+            return "right" if close(small(inputs(1), timeout=20.0), MODEL(inputs(1))) else "wrong"
+        except PoolEmpty:
+            return "empty"
+
+    with small_disk(folder / "bob", 6), crashing(tmp_path / "points") as points, LocalService(folder) as service:
+        service.wait_ready()
+        pushed(service)
+        books = Books(service, points)
+        books.in_step()
+        with tacit.connect(service.cluster, service.key("clinic")) as parties:
+            small, ballast = parties.model("small"), folder / "bob" / "ballast"
+            until(lambda: asked(small) == "right", 30)
+            with kept_full(ballast):
+                injected("full disks of a running service")
+                answers = [asked(small) for _ in range(200)]
+                assert answers.count("right") + answers.count("empty") == 200
+                assert answers[-5:] == ["empty"] * 5, "what was ready is used up, and no more can be taken"
+                before = len(ready(service, "alice")), burned(service)
+                for _ in range(20):
+                    assert asked(small) == "empty"
+                    time.sleep(0.2)
+                assert (len(ready(service, "alice")), burned(service)) == before
+                assert before[0] > 10
+                assert before[1] == 0
+            until(lambda: asked(small) == "right", 30)
+        service.wait_ready()
+        books.in_step()
+        books.check()
 
 
 def test_wall_clocks_may_jump_by_years_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

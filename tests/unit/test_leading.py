@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tacit.errors import StorageFull
 from tacit.identity import Identity
 from tacit.party import messages, worker_calls
 from tacit.party.cluster_file import Serving
@@ -58,10 +59,11 @@ class Party:
         name: of the party.
         folder: for its disk.
         kind: `Leader` or `Follower`.
+        settings: of serving.
     """
 
-    def __init__(self, name: str, folder: Path, kind: Any) -> None:
-        cluster = prepare(folder, clients=("clinic",), serving=Serving(batch_sizes=(SIZE,), workers=2))
+    def __init__(self, name: str, folder: Path, kind: Any, **settings: Any) -> None:
+        cluster = prepare(folder, clients=("clinic",), serving=Serving(batch_sizes=(SIZE,), workers=2, **settings))
         identity = Identity.load(folder / f"{name}.key")
         self.house = House(name, cluster, identity, folder / name, Log(name, io.StringIO()))
         self.said: list[Any] = []
@@ -108,8 +110,8 @@ def ran(batch: int) -> worker_calls.Ran:
     return worker_calls.Ran(batch, [16], 0.001, 0.0, 4, 100)
 
 
-async def alice_with_two_pairs(folder: Path) -> Party:
-    alice = Party("alice", folder, Leader)
+async def alice_with_two_pairs(folder: Path, **settings: Any) -> Party:
+    alice = Party("alice", folder, Leader, **settings)
     leader, pool = alice.side, alice.house.pool
     pool.put_seeds({Ticket(alice.digest, SIZE, serial): bytes(16) for serial in range(200)})
     leader.model_served(alice.digest)
@@ -313,5 +315,86 @@ def test_a_model_that_comes_or_goes_is_known_to_all_of_alice_at_once(tmp_path: P
         assert ticks == [0, 1]
         assert list(crew.served) == [alice.digest]
         await alice.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("when_empty", ["wait", "fail"])
+def test_where_bob_s_disk_is_full_he_is_asked_for_the_same_tickets_again_and_none_is_burned(
+    tmp_path: Path, when_empty: str
+) -> None:
+    async def scenario() -> None:
+        alice = await alice_with_two_pairs(tmp_path, when_empty=when_empty)
+        leader, pool = alice.side, alice.house.pool
+
+        async def refused() -> list[Ticket]:
+            """Bob has no room for anything that he has been asked for since; what that was."""
+            asked, alice.said[:] = alice.of(Stock), []
+            for stock in asked:
+                leader.pairing.bob_said(Claimed(stock.worker, stock.token, stock.tickets, [], True))
+            await settled()
+            return sorted(ticket for stock in asked for ticket in stock.tickets)
+
+        first = await refused()
+        left = pool.serials(alice.digest, SIZE)
+        assert len(first) + len(left) == 200
+        for _ in range(5):
+            leader.pairing.refresh(pool.levels())
+            await settled()
+            assert await refused() == first
+        assert not alice.of(Drop)
+        assert pool.serials(alice.digest, SIZE) == left
+        # There is nothing to answer with.
+        leader.set_stock({})
+        leader.bob_has([await alice.ask(0)])
+        await settled()
+        told = [one.refusal.reason for one in alice.client.told if isinstance(one, Refused)]
+        assert told == ([Reason.EMPTY] if when_empty == "fail" else [])
+        # Once he has room everything goes on, with what was asked for first.
+        leader.pairing.refresh(pool.levels())
+        await stocked(alice)
+        leader.set_stock({})
+        leader.bob_has([await alice.ask(1)])
+        await settled()
+        runs = [pair.running for pair in leader.pairing.pairs if pair.running]
+        assert {one.ticket for one in runs} <= {*first}
+        asked = sorted(request.id[1] for one in runs for request in one.batch.requests)
+        assert asked == ([1] if when_empty == "fail" else [0, 1])
+        alice.said.clear()
+        for _ in range(TOGETHER):
+            leader.pairing.take(leader.pairing.pairs[0], alice.digest, SIZE)
+        leader.pairing.stock(leader.pairing.pairs[0])
+        await settled()
+        assert alice.of(Stock), "no more tickets are taken"
+        await alice.close()
+
+    asyncio.run(scenario())
+
+
+def test_bob_says_that_he_has_no_room_and_takes_the_tickets_once_he_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        bob = Party("bob", tmp_path, Follower)
+        tickets = [Ticket(bob.digest, SIZE, serial) for serial in range(3)]
+        bob.house.pool.put_seeds(dict.fromkeys(tickets[:2], bytes(16)))
+        token = bytes(worker_calls.TOKEN_BYTES)
+        bob.side.alice_said(messages.Pair(0, token))
+
+        def full(*_: object) -> None:
+            raise StorageFull("the disk is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(bob.house.pool._ledger, "transaction", full)
+            bob.side.alice_said(Stock(0, token, tickets))
+            await settled()
+        bob.side.alice_said(Stock(0, token, tickets))
+        await settled()
+        assert bob.of(Claimed) == [
+            Claimed(0, token, tickets, [], True),
+            Claimed(0, token, tickets, tickets[:2], False),
+        ]
+        assert [call.voucher.ticket for call in bob.calls[0] if isinstance(call, worker_calls.Stock)] == tickets[:2]
+        await bob.close()
 
     asyncio.run(scenario())

@@ -140,13 +140,14 @@ def test_what_a_full_disk_does_not_let_go_of_is_thrown_away_later(
 
     with monkeypatch.context() as patched:
         patched.setattr(house.pool._ledger, "transaction", full)
-        assert house.lease("a" * 64, 1, 1) == house.claim(tickets) == house.discard_ready(tickets) == []
+        assert house.lease("a" * 64, 1, 1) == house.discard_ready(tickets) == []
+        assert house.claim(tickets) == ([], True)
         house.discard(tickets[:2])
         house.tidy()
     assert log.getvalue().count("disk_full") == 5
     assert house.pool.serials("a" * 64, 1) == [0, 1, 2]
     house.tidy()
     assert house.pool.serials("a" * 64, 1) == [2]
-    assert house.claim([tickets[2]]) == [tickets[2]]
+    assert house.claim(tickets) == ([tickets[2]], False)
     house.pool.close()
     house.jobs.close()

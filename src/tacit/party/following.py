@@ -113,12 +113,12 @@ class Follower:
 
     async def _claim(self, number: int, token: bytes, tickets: list[Ticket]) -> None:
         """Take the tickets that alice took, and have the worker expand them."""
-        taken = await asyncio.to_thread(self._house.claim, tickets)
+        taken, full = await asyncio.to_thread(self._house.claim, tickets)
         vouchers = await asyncio.to_thread(self._house.vouchers, taken)
         if self._tokens.get(number) != token:
             await asyncio.to_thread(self._house.discard, taken)
             return
-        self._say(messages.Claimed(number, token, tickets, [voucher.ticket for voucher in vouchers]))
+        self._say(messages.Claimed(number, token, tickets, [voucher.ticket for voucher in vouchers], full))
         self._given[number].update(taken)
         for voucher in vouchers:
             self.crew.workers[number].call(worker_calls.Stock(voucher))

@@ -64,15 +64,16 @@ class House:
         except StorageFull as error:
             return self._none(error)
 
-    def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
-        """Take tickets that alice named, at bob; those that he has."""
+    def claim(self, tickets: Sequence[Ticket]) -> tuple[list[Ticket], bool]:
+        """Take tickets that alice named, at bob; those that he has, and whether the disk was too full for others."""
         try:
             self.pool.claim(tickets)
-            return list(tickets)
+            return list(tickets), False
         except CorrelationError:
-            return [one for ticket in tickets for one in self.claim([ticket])] if len(tickets) > 1 else []
+            each = [self.claim([ticket]) for ticket in tickets] if len(tickets) > 1 else []
+            return [ticket for taken, _ in each for ticket in taken], any(full for _, full in each)
         except StorageFull as error:
-            return self._none(error)
+            return self._none(error), True
 
     def discard(self, tickets: Iterable[Ticket]) -> None:
         """Throw tickets away; if the disk is too full for it, with the next that are, or by `tidy`."""

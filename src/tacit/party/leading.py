@@ -93,12 +93,11 @@ class Leader:
 
     def set_stock(self, per_minute: Mapping[Line, float]) -> None:
         """Look how many tickets there are of everything, on disk and with the workers."""
-        held = self.pairing.held()
+        usable = self.pairing.usable()
         for model, served in self.crew.served.items():
             for size in served.part.batch_sizes:
                 line = (model, size)
-                count = self.pairing.levels.get(line, 0) + held[line]
-                self._scheduler.set_stock(*line, count, per_minute.get(line, 0.0))
+                self._scheduler.set_stock(*line, usable[line], per_minute.get(line, 0.0))
         self._pump()
 
     def flush(self) -> None:

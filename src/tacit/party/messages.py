@@ -265,19 +265,24 @@ class Stock(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Claimed(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """Bob has taken tickets as he was asked to, and his worker expands them; those that are missing he does not have.
+    """Bob has taken tickets as he was asked to, and his worker expands them.
+
+    Those that are missing he does not have; or, if his disk is ``full``, he may have them and cannot note that they are
+    taken: he is to be asked for them again, and for no others until he has taken them.
 
     Args:
         worker: of the pair.
         token: of the pair's link.
         asked: those he was asked to take.
         tickets: those that he took.
+        full: whether his disk was too full for the others.
     """
 
     worker: _Count
     token: Token
     asked: list[Ticket]
     tickets: list[Ticket]
+    full: bool = False
 
 
 class Stocked(msgspec.Struct, tag=True, forbid_unknown_fields=True):

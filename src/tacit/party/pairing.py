@@ -47,6 +47,7 @@ class Pairing:
         self._memory = int(house.cluster.serving.memory_gb * 1e9)
         self._usage, self._stocking = Usage(), set[int]()
         self._linking: dict[int, float] = {}
+        self._unclaimed: dict[int, list[list[Ticket]]] = {}
         self.pairs = [Pair(worker) for worker in crew.workers]
         self.levels: dict[Line, int] = {}
         self.connected = False
@@ -74,12 +75,14 @@ class Pairing:
             pair.bobs.models.discard(model)
             self._burn(pair, pair.forget(model))
 
-    def held(self) -> Counter[Line]:
-        """How many tickets the pairs have, by line."""
-        return sum((pair.held for pair in self.pairs), Counter())
+    def usable(self) -> Counter[Line]:
+        """How many tickets there are, by line, on the disk and with the pairs; where bob's is full, what is ready."""
+        blocked = [pair for pair in self.pairs if pair.number in self._unclaimed]
+        usable = sum((pair.stocked if pair in blocked else pair.held for pair in self.pairs), Counter[Line]())
+        return usable if len(blocked) == len(self.pairs) else usable + Counter(self.levels)
 
     def stocked(self) -> Counter[Line]:
-        """How many of these can be used at once."""
+        """How many can be used at once."""
         return sum((pair.stocked for pair in self.pairs), Counter())
 
     def refresh(self, levels: Mapping[Line, int]) -> None:
@@ -94,12 +97,14 @@ class Pairing:
             if pair.token and not pair.linked and now - self._linking[pair.number] > LINKING_S:
                 self.part(pair, "the two workers did not find each other")
             self._link(pair)
+            self._ask_again(pair)
             self.stock(pair)
 
     def part(self, pair: Pair, why: str) -> None:
         """A pair is not linked any more."""
         if pair.token:
             self._house.log("pair_broken", worker=pair.number, reason=why)
+        self._unclaimed.pop(pair.number, None)
         self._burn(pair, pair.part())
 
     # What alice's workers do.
@@ -157,8 +162,9 @@ class Pairing:
                 self._linked(pair)
             case messages.Unpaired(_, token) if token == pair.token:
                 self.part(pair, "bob's worker has lost the link")
-            case messages.Claimed(_, token, asked, tickets) if token == pair.token:
-                self._tasks.start(self._claimed(pair, token, asked, tickets))
+            case messages.Claimed(_, token) if token == pair.token:
+                self._wait_for_room(pair, message)
+                self._tasks.start(self._claimed(pair, message))
             case messages.Stocked(_, token, ticket, good) if token == pair.token:
                 if good:
                     self._expanded(pair, ticket)
@@ -167,7 +173,7 @@ class Pairing:
 
     def stock(self, pair: Pair) -> None:
         """Have the tickets made ready that a pair should have and has not."""
-        if pair.linked and self.connected and pair.number not in self._stocking:
+        if pair.linked and self.connected and pair.number not in {*self._stocking, *self._unclaimed}:
             self._stocking.add(pair.number)
             self._tasks.start(self._stock(pair))
 
@@ -190,7 +196,7 @@ class Pairing:
 
     async def _stock(self, pair: Pair) -> None:
         try:
-            while pair.linked and self.connected:
+            while pair.linked and self.connected and pair.number not in self._unclaimed:
                 now, token = time.monotonic(), pair.token
                 sizes = {
                     (model, size): plan.bytes_stocked
@@ -213,17 +219,40 @@ class Pairing:
         finally:
             self._stocking.discard(pair.number)
 
-    async def _claimed(self, pair: Pair, token: bytes, asked: list[Ticket], tickets: list[Ticket]) -> None:
+    def _wait_for_room(self, pair: Pair, said: messages.Claimed) -> None:
+        """Where bob's disk is full no other tickets are taken, to be burned: he is asked for the same ones again."""
+        if not said.full:
+            if self._unclaimed.get(pair.number) == []:
+                del self._unclaimed[pair.number]
+                self.stock(pair)
+            return
+        if pair.number not in self._unclaimed:
+            self._house.log("no_room_at_bob", worker=pair.number)
+        missing = [ticket for ticket in said.asked if ticket not in said.tickets]
+        self._unclaimed.setdefault(pair.number, []).append(missing)
+
+    def _ask_again(self, pair: Pair) -> None:
+        waiting = self._unclaimed.get(pair.number)
+        if not waiting:
+            return  # all is well, or he has been asked and has not answered yet
+        self._unclaimed[pair.number] = []
+        asked = [left for tickets in waiting if (left := [ticket for ticket in tickets if pair.has(ticket)])]
+        for tickets in asked:
+            self._say(messages.Stock(pair.number, pair.token, tickets))
+        if not asked:  # their model has gone
+            del self._unclaimed[pair.number]
+
+    async def _claimed(self, pair: Pair, said: messages.Claimed) -> None:
         """Bob has taken tickets: only now may alice's worker have them."""
-        taken = [ticket for ticket in tickets if pair.has(ticket)]
+        taken = [ticket for ticket in said.tickets if pair.has(ticket)]
         vouchers = await asyncio.to_thread(self._house.vouchers, taken)
-        if pair.token != token:
+        if pair.token != said.token:
             return
         for voucher in vouchers:
             if pair.has(voucher.ticket):  # bob's worker may have found it spoiled meanwhile
                 pair.worker.call(worker_calls.Stock(voucher))
-        refused = [ticket for ticket in asked if ticket not in tickets and pair.spoiled(ticket)]
-        if refused:
+        missing = [] if said.full else [ticket for ticket in said.asked if ticket not in said.tickets]
+        if refused := [ticket for ticket in missing if pair.spoiled(ticket)]:
             self._house.log("tickets_unknown_to_bob", worker=pair.number, count=len(refused))
             self._burn(pair, refused)
             self.stock(pair)
