@@ -335,7 +335,10 @@ def test_where_bob_s_disk_is_full_he_is_asked_for_the_same_tickets_again_and_non
             await settled()
             return sorted(ticket for stock in asked for ticket in stock.tickets)
 
+        pair = leader.pairing.pairs[0]
+        assert leader.pairing.coming(pair) == {alice.digest: {SIZE}}
         first = await refused()
+        assert leader.pairing.coming(pair) == {}, "nobody is to wait for these"
         left = pool.serials(alice.digest, SIZE)
         assert len(first) + len(left) == 200
         for _ in range(5):

@@ -187,7 +187,7 @@ class Leader:
         self._pumping, now = False, time.monotonic()
         self._refuse(self._scheduler.expire(now))
         for pair in self.pairing.pairs:
-            if pair.idle and (batch := self._scheduler.form(now, pair.ready, pair.coming)):
+            if pair.idle and (batch := self._scheduler.form(now, pair.ready, self.pairing.coming(pair))):
                 self._begin(now, pair, batch)
         if self._timer:
             self._timer.cancel()

@@ -81,6 +81,10 @@ class Pairing:
         usable = sum((pair.stocked if pair in blocked else pair.held for pair in self.pairs), Counter[Line]())
         return usable if len(blocked) == len(self.pairs) else usable + Counter(self.levels)
 
+    def coming(self, pair: Pair) -> dict[str, set[int]]:
+        """The batch sizes, by model, of the tickets that a pair will soon have ready: none while bob's disk is full."""
+        return {} if pair.number in self._unclaimed else pair.coming
+
     def stocked(self) -> Counter[Line]:
         """How many can be used at once."""
         return sum((pair.stocked for pair in self.pairs), Counter())
