@@ -6,9 +6,9 @@ measured apart (`tacit bench inference`). It rests until tickets of some size ha
 to the end of the level, whose figures say for how long: so a level may last longer than the pools.
 
 The latency of a single request is that of one client, alone, while the workers have tickets ready, and is compared with
-the engine's bare time in the same run: three processes over plain TCP, without a service around them, medians taken
-before and after. Both are measured twice: at work, and after rests, from which processors come back slowly and with
-cold caches. Memory is watched while many clients ask.
+the engine's bare time: three processes over plain TCP, without a service around them, while the service has nothing to
+do. The two take turns, so that both see the machine as fast as it is just then. Both are measured twice: at work, and
+after rests, from which processors come back slowly and with cold caches. Memory is watched while many clients ask.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ from tacit.program.lowering import Context
 from tacit.program.network import Network
 
 MODEL = "benched"
-_ALONE = 240
+_TURNS = 3
+_ALONE = 80
+_BARE_REPEATS = 30
+"""Requests of a client alone, and runs of the bare engine, a turn."""
 _REST_S = 0.03
-_BARE_REPEATS = 60
 _STOCKED_S = 60.0
 _RESTOCKING_S = 0.25
 """What workers need, with much to spare, to expand as many tickets as they take at once."""
@@ -179,8 +181,6 @@ def measure_serving(settings: Settings, progress: Progress = lambda text: None) 
     """
     model, item_shape = build(settings.net)
     items = [inputs_of((1, *item_shape), number) for number in range(32)]
-    rests = (0.0, _REST_S)
-    bare = [_bare(settings.net, rests, progress)]
     with tempfile.TemporaryDirectory(prefix="tacit-bench-") as place:
         folder = Path(place)
         names = [f"client-{number}" for number in range(max(settings.clients))]
@@ -192,14 +192,13 @@ def measure_serving(settings: Settings, progress: Progress = lambda text: None) 
             service.wait_ready()
             bench = _Bench(service, settings, model, items, progress)
             refill = bench.push()
-            alone = [bench.alone(rest) for rest in rests]
+            alone = bench.alone(0.0), bench.alone(_REST_S)
             levels, pool_bytes = tuple(bench.level(count) for count in settings.clients), bench.pool_bytes
-    bare.append(_bare(settings.net, rests, progress))
     return ServingResult(
         settings.net,
         settings.batch_sizes,
         settings.workers,
-        tuple(map(_alone, rests, alone, zip(*bare, strict=True))),
+        alone,
         levels,
         refill,
         pool_bytes,
@@ -243,14 +242,23 @@ class _Bench:
             owner.push(prepared)
         return self._fill()
 
-    def alone(self, rest_s: float) -> list[Asked]:
-        """One client, while nobody else wants anything; it rests whenever workers take tickets."""
-        self._progress(f"one client that rests {1000 * rest_s:g} ms")
-        self._wait_stocked()
-        with self._resting_provider():
-            return self._ask(
-                1, lambda sent: sent < _ALONE, lambda sent: rest_s if sent % TOGETHER else max(rest_s, _RESTOCKING_S)
-            )
+    def alone(self, rest_s: float) -> Alone:
+        """One client, while nobody else wants anything, and the bare engine, by turns."""
+        asked, bare = list[Asked](), list[float]()
+        for _ in range(_TURNS):
+            self._progress(f"the bare engine, and one client, that rest {1000 * rest_s:g} ms")
+            self._wait_stocked()
+            with self._resting_provider():
+                bare.append(measure_inference(self._settings.net, 1, _BARE_REPEATS, pause_s=rest_s).online_s)
+                asked += self._ask_alone(rest_s)
+        p50, bare_s = quantile(asked, 0.5), statistics.median(bare)
+        return Alone(1000 * rest_s, 1000 * p50, 1000 * quantile(asked, 0.99), 1000 * bare_s, p50 / bare_s)
+
+    def _ask_alone(self, rest_s: float) -> list[Asked]:
+        """It rests whenever workers take tickets."""
+        return self._ask(
+            1, lambda sent: sent < _ALONE, lambda sent: rest_s if sent % TOGETHER else max(rest_s, _RESTOCKING_S)
+        )
 
     def level(self, count: int) -> Level:
         """So many clients that do not pause."""
@@ -358,20 +366,6 @@ class _Bench:
 
         with self._resting_provider(), watching(self._service, look) as supply.watch:
             yield supply
-
-
-def _bare(net: str, rests: Sequence[float], progress: Progress) -> list[float]:
-    """The engine's median online time for one input, after rests."""
-
-    def tell(text: str) -> None:
-        progress(f"the bare engine: {text}")
-
-    return [measure_inference(net, 1, _BARE_REPEATS, tell, pause_s=rest).online_s for rest in rests]
-
-
-def _alone(rest_s: float, asked: Sequence[Asked], bare: Sequence[float]) -> Alone:
-    p50, bare_s = quantile(asked, 0.5), statistics.median(bare)
-    return Alone(1000 * rest_s, 1000 * p50, 1000 * quantile(asked, 0.99), 1000 * bare_s, p50 / bare_s)
 
 
 def _metrics(service: LocalService, party: str) -> str:
