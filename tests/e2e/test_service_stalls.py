@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import tacit
-from crashes import Asking, Books, Points, crashing, seen, workers_of
+from crashes import Asking, Books, Points, crashing, ready, seen, workers_of
 from faults import injected
-from serving import close, cluster_of, inputs, model, pushed, until
+from serving import POOLS, close, cluster_of, inputs, model, pushed, until
 from tacit.errors import DeadlineExceeded, PeerError
 from tacit.identity import key_text
 from tacit.party import calling, messages, push
@@ -86,15 +86,19 @@ def test_a_party_that_stands_still_costs_time_and_no_answer(service: LocalServic
 
 
 def test_while_the_provider_stands_still_clients_are_served_from_the_pools(service: LocalService) -> None:
+    def fours() -> list[int]:
+        return [ticket.serial for ticket in ready(service, "bob") if ticket.batch == 4]
+
     with tacit.connect(service.cluster, service.key("clinic")) as parties:
-        small, answered = parties.model("small"), 0
+        small, answered, full = parties.model("small"), 0, POOLS.ahead // 4
+        until(lambda: len(left := fours()) == full and max(left) > full)  # as many again as workers have taken
         with stopped(service.pid("provider")):
             with contextlib.suppress(DeadlineExceeded):
                 for answered in range(1000):
                     given = inputs(4, answered)
                     assert right(given, small(given, timeout=3.0))
             assert answered < 999, "tickets came from somewhere else"
-        assert answered > 12, "the pools were not full"
+        assert answered > full, "the pools were full, and workers had tickets besides"
         assert right(inputs(1), small(inputs(1), timeout=60.0))
 
 
