@@ -275,6 +275,20 @@ def test_a_larger_ticket_that_is_coming_is_waited_for_where_it_serves_what_waits
     assert one.form(until, {"x": [64]}, {"x": [1, 8]})
 
 
+def test_no_ticket_is_waited_for_until_a_request_is_too_late() -> None:
+    one = scheduler()
+    for id in range(20):
+        one.submit(0.0, ask(id, f"client {id}", deadline=0.012 if not id else None))
+    # A batch of one takes 9 ms, before any was measured: after 3 ms the first would be too late.
+    assert one.form(0.0, {"x": [1]}, {"x": [64]}) is None
+    until = one.wake_at(0.0)
+    assert until is not None
+    assert 0.0 < until < 0.004
+    batch = one.form(until, {"x": [1]}, {"x": [64]})
+    assert batch
+    assert [request.id for request in batch.requests] == [0]
+
+
 def test_a_large_request_waits_for_a_large_ticket_and_lets_others_pass() -> None:
     one = scheduler()
     one.submit(0.0, ask(0, "a", 20))

@@ -3,15 +3,16 @@
 Alice's process asks `Scheduler.form` whenever a worker has nothing to do. A batch leaves at once if it is full or if
 nobody else is expected; else its oldest request waits for company, at most the latency budget. Small batches cost
 several times as much a row: where so much waits that a larger one would serve it with less, and the worker is making a
-ticket for one ready, that ticket is waited for, at most as long as the larger batch will take. Every request leaves
-exactly once: in a batch that succeeds, or refused with a reason; one whose batch failed by no fault of its own goes
-into one more.
+ticket for one ready, that ticket is waited for, at most as long as the larger batch will take. No wait goes on until
+the oldest request cannot be answered within its deadline any more. Every request leaves exactly once: in a batch that
+succeeds, or refused with a reason; one whose batch failed by no fault of its own goes into one more.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Container, Hashable, Mapping
 from dataclasses import dataclass
@@ -274,9 +275,7 @@ class Scheduler:
         oldest = model.queue.oldest()
         if oldest is None:
             return False
-        until = oldest.arrived + self.policy.latency_s
-        if oldest.request.deadline is not None:
-            until = min(until, oldest.request.deadline - model.seconds(model.sizes[0]))
+        until = min(oldest.arrived + self.policy.latency_s, model.latest(oldest))
         return until <= now or not model.queue.expects(now, until - now)
 
     def _refusal(self, now: float, request: Request) -> Refusal | None:
@@ -373,8 +372,14 @@ class _Model:
         if better == size:
             return False
         if self.patient_until is None:
-            self.patient_until = now + self.seconds(better)
+            oldest = self.queue.oldest()
+            self.patient_until = min(now + self.seconds(better), self.latest(oldest) if oldest else now)
         return now < self.patient_until
+
+    def latest(self, waiting: Waiting) -> float:
+        """When a request must be begun to be answered within its deadline, if in a batch of the smallest size."""
+        deadline = waiting.request.deadline
+        return math.inf if deadline is None else deadline - self.seconds(self.sizes[0])
 
     def backlog(self) -> float:
         """Seconds that one worker needs for what waits."""
