@@ -210,7 +210,8 @@ class Relay:
             faulty = self.faulty is None or self._count in self.faulty
             self._count += 1
             for direction, (source, sink) in enumerate(((caller, target), (target, caller))):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with contextlib.suppress(OSError):  # another thread has cut it already
+                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 line = _Line(queue.Queue(), Pipe(list(self.faults[direction]) if faulty else []))
                 self._start(self._receive, source, line)
                 self._start(self._send, source, sink, line, direction)

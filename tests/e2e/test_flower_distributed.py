@@ -1,6 +1,5 @@
 """Distributed differential privacy between real processes, one of which dies: the account is the in-process run's."""
 
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tacit.dp.ledger import Ledger
 from tacit.runs.audit import Auditor
 from tacit.runs.train import start
 from tacit.runtimes.flower.client_app import BEGIN, HELLO
+from tacit.runtimes.flower.presence import Presence
 from tacit.sites.launch import processes
 
 EVERYONE, OTHERS = (0, 1, 2, 3), (0, 1, 2)
@@ -25,6 +25,7 @@ def test_the_account_over_flower_is_the_in_process_runs_with_a_site_that_dies(mo
     folder, run = federation.folder, federation.folder / "run"
     (folder / "run.toml").write_text(DISTRIBUTED)
     (folder / "coordinator.toml").write_text(f"[wait]\nwork = 60.0\nstage = 60.0\njoin = {EVERYBODY}\n")
+    looking = lookers(monkeypatch)
     with processes(federation) as running:
 
         def on_board(board):
@@ -34,7 +35,7 @@ def test_the_account_over_flower_is_the_in_process_runs_with_a_site_that_dies(mo
         def on_round(record, experiment):
             if record.round == 3:
                 running.start_site("s3")
-                await_connected(running.log("s3"), 2)
+                assert len(looking[-1].await_some(4, EVERYBODY)) == 4
 
         history = start(folder / "run.toml", run, on_round, None, on_board).history
     cohorts = [record.cohort for record in history]
@@ -87,8 +88,8 @@ def spent(run: Path) -> float:
         return ledger.epsilon("distributed", 1e-3)
 
 
-def await_connected(log: Path, times: int) -> None:
-    end = time.monotonic() + EVERYBODY
-    while log.read_text().count("connected to the SuperLink") < times:
-        assert time.monotonic() < end
-        time.sleep(0.2)
+def lookers(monkeypatch) -> list[Presence]:
+    """Those that have looked which sites are there, the last one last."""
+    found, look = [], Presence.look
+    monkeypatch.setattr(Presence, "look", lambda self: (found.append(self), look(self))[1])
+    return found

@@ -174,6 +174,7 @@ def test_while_bob_s_disk_is_full_clients_have_what_is_ready_and_no_ticket_is_bu
         with tacit.connect(service.cluster, service.key("clinic")) as parties:
             small, ballast = parties.model("small"), folder / "bob" / "ballast"
             until(lambda: asked(small) == "right", 30)
+            until(lambda: len(ready(service, "alice")) > 20, 60)
             with kept_full(ballast):
                 injected("full disks of a running service")
                 answers = [asked(small) for _ in range(200)]
