@@ -181,8 +181,8 @@ def _dealing() -> list[bytes]:
 def _worker_calls() -> list[bytes]:
     messages = (
         worker_calls.Setup("alice", 0, NONCE, NONCE, "127.0.0.1:7401", 1.0), worker_calls.Install(b"part"),
-        worker_calls.Remove(TICKET.model), worker_calls.Pair(NONCE), worker_calls.Run(1, TICKET, [1, 2], [0]),
-        worker_calls.Ping(),
+        worker_calls.Remove(TICKET.model), worker_calls.Pair(NONCE), worker_calls.Ping(),
+        worker_calls.Run(1, TICKET, [1, 2], [0], {1: bytes(16)}),
     )  # fmt: skip
     return [worker_calls.encode(message) for message in messages]
 
@@ -203,6 +203,7 @@ _CLIENT = _serving(
     messages.client_calls,
     messages.Describe(1, "mnist"),
     messages.Ask(2, TICKET.model, 8, 50.0),
+    messages.Ask(3, TICKET.model, 8, 50.0, bytes(16)),
     messages.Cancel(2),
 )
 _CLIENT_REPLY = _serving(

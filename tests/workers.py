@@ -35,7 +35,7 @@ from tacit.party.worker_calls import (
 )
 from tacit.party.workers import WorkerProcess
 from tacit.ring.fixed_point import FRACTION_BITS, encode
-from tacit.ring.prg import Prg
+from tacit.ring.prg import SEED_BYTES, Prg
 
 OWNER = Identity(bytes(range(32)))
 SIZES = (1, 4)
@@ -120,12 +120,14 @@ class Both:
         return ticket
 
     def begin(self, ticket: Ticket, requests: Sequence[Tensor], absent: Sequence[int] = (), batch: int = 0) -> None:
-        prg, rows = Prg.fresh(), [len(value) for value in requests]
-        pairs = [share(encode(value), FRACTION_BITS, prg) for value in requests]
-        for role, side in (("alice", 0), ("bob", 1)):
-            missing = absent if role == "bob" else ()
-            tensors = [pair[side].words for position, pair in enumerate(pairs) if position not in missing]
-            self.workers[role].call(Run(batch, ticket, rows, list(missing)), tensors)
+        """Alice has the seeds of every second request's shares, from the first on, and the shares of the others."""
+        rows, seeds = [len(value) for value in requests], [secrets.token_bytes(SEED_BYTES) for _ in requests]
+        pairs = [share(encode(value), FRACTION_BITS, Prg(seed)) for value, seed in zip(requests, seeds, strict=True)]
+        seeded = {position: seeds[position] for position in range(0, len(requests), 2)}
+        hers = [pair[0].words for position, pair in enumerate(pairs) if position not in seeded]
+        his = [pair[1].words for position, pair in enumerate(pairs) if position not in absent]
+        self.workers["alice"].call(Run(batch, ticket, rows, [], seeded), hers)
+        self.workers["bob"].call(Run(batch, ticket, rows, list(absent)), his)
 
     async def results(self) -> Tensor:
         shares = []
@@ -149,7 +151,7 @@ class Both:
         self.workers[role] = WorkerProcess(
             Setup(role, 0, seed, peer, address, 20.0),
             lambda worker: self.started[role].set(),
-            lambda worker, answer, tensors: self.answers[role].put_nowait((answer, tensors)),
+            lambda worker, answer, outputs: self.answers[role].put_nowait((answer, [*map(torch.from_numpy, outputs)])),
             lambda worker: (self.started[role].clear(), self.ended[role].set()),  # type: ignore[func-returns-value]
         )
         await self.workers[role].run()

@@ -99,7 +99,8 @@ def got(end: Link | Channel, frame: Frame) -> None:
     if name == "Run":
         called = worker_calls.decode_call(frame.body)
         assert isinstance(called, worker_calls.Run)
-        Run.called, Run.requests = called, [digest(tensor) for tensor in frame.tensors]
+        seeds = [hashlib.sha256(seed).hexdigest() for seed in called.seeds.values()]
+        Run.called, Run.requests = called, [*seeds, *map(digest, frame.tensors)]
     come_to(f"{ME} got {name} from {peer(end)}")
 
 

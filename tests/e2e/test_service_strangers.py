@@ -191,6 +191,12 @@ def test_shares_of_another_shape_are_refused_and_the_session_goes_on(service: Lo
                 refused = await reply(channel)
                 assert isinstance(refused, Refused)
                 assert refused.refusal.reason is Reason.INVALID
+        # A seed stands in the place of shares: not beside them.
+        for channel in channels.values():
+            say(channel, Ask(5, digest, 1, 5000.0, bytes(16)), share())
+            refused = await reply(channel)
+            assert isinstance(refused, Refused)
+            assert refused.refusal.reason is Reason.INVALID
         for channel in channels.values():
             say(channel, Describe(9, "small"))
             assert isinstance(await reply(channel), Described)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Party:
 
     async def ask(self, number: int) -> tuple[bytes, int]:
         ask = messages.encode(Ask(number, self.digest, 1, 60_000.0))
-        await self.client.asked.put(Frame(Kind.CALL, number, ask, (torch.zeros(1, 6, dtype=torch.int64),)))
+        await self.client.asked.put(Frame(Kind.CALL, number, ask, (np.zeros((1, 6), np.int64),)))
         await settled()
         return self.session.id, number
 

@@ -120,6 +120,11 @@ class TestPrg:
     def test_long_draws_are_the_same_stream(self, count: int) -> None:
         assert Prg(SEED).bytes(count) == aes_ctr(SEED, count)
 
+    def test_being_prepared_changes_nothing_that_is_drawn(self) -> None:
+        generator = Prg(SEED).prepared()
+        drawn = generator.bytes(5) + generator.prepared().bytes(90) + generator.prepared().bytes(905)
+        assert drawn == aes_ctr(SEED, 1000)
+
     @given(st.lists(st.integers(0, 100), max_size=20))
     def test_draws_continue_the_stream_and_never_repeat(self, counts: list[int]) -> None:
         generator = Prg(SEED)

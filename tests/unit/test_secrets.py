@@ -16,6 +16,9 @@ from tacit.mpc.lockstep import Meter, both
 from tacit.mpc.shares import Bits, reconstruct
 from tacit.mpc.sign import Mask, Window, masked_opening
 from tacit.mpc.steps import Open, Role, Task
+from tacit.party.messages import Ask
+from tacit.party.tickets import Ticket
+from tacit.party.worker_calls import Run
 from tacit.program.rewrite import Model
 from tacit.ring.field import encrypt
 from tacit.ring.fixed_point import encode
@@ -76,6 +79,12 @@ def test_parts() -> None:
     part = Part(r=torch.tensor([WORD]), rho=torch.tensor([WORD]))
     hidden(part)
     assert repr(part) == "Part(r, rho)"
+
+
+def test_requests_whose_shares_come_of_a_seed() -> None:
+    for message in (Ask(1, "ab" * 32, 2, 5.0, SEED), Run(1, Ticket("ab" * 32, 2, 0), [2], [], {0: SEED})):
+        for text in texts(message):
+            assert not any(mark in text for mark in (SEED.hex(), repr(SEED)[2:-1], repr(SEED)[2:12]))
 
 
 def test_messages_and_openings() -> None:

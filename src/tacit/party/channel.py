@@ -15,6 +15,7 @@ from tacit.wire import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     PREFIX_BYTES,
+    Array,
     Frame,
     Kind,
     Landing,
@@ -56,19 +57,20 @@ class Channel:
         self._sending: asyncio.Task[None] | None = None
         writer.transport.set_write_buffer_limits(high=_IN_TRANSPORT)
 
-    def send(self, kind: Kind, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
+    def send(self, kind: Kind, tensors: Sequence[Tensor | Array] = (), body: bytes = b"") -> None:
         """Send one frame, without waiting for the peer to read it; what is sent is copied.
 
         Raises:
             PeerError: the peer is gone, or has not read for so long that too much waits for it: a slow reader.
         """
-        self._write(kind, tensors, body)
+        if self._write(kind, tensors, body):
+            return
         if slow := self._quota.exceeded_by():
             slow.abort()
         if self.closed:
             raise PeerError(f"{self.peer} does not read what it is sent: the connection was closed")
 
-    async def deliver(self, kind: Kind, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
+    async def deliver(self, kind: Kind, tensors: Sequence[Tensor | Array] = (), body: bytes = b"") -> None:
         """Send one frame, however much waits then, and wait until most of it has left.
 
         Raises:
@@ -98,14 +100,17 @@ class Channel:
         head = parse_header(prefix, await self._read(prefix.header_bytes))
         if head.number != self._received:
             raise CodecError(f"{self.peer} sent frame {head.number} where {self._received} is next")
-        async with self._quota.room(sum(item.nbytes for item in head.items)):
+        await self._quota.arrives(prefix.payload_bytes)
+        try:
             landing = Landing(head.items)
             for view in landing.views:
                 for start in range(0, len(view), _PIECE):
                     piece = view[start : start + _PIECE]
                     piece[:] = await self._read(len(piece))
+        finally:
+            self._quota.arrived(prefix.payload_bytes)
         self._received += 1
-        return Frame(prefix.kind, head.number, head.body, landing.tensors())
+        return Frame(prefix.kind, head.number, head.body, landing.arrays())
 
     @property
     def closed(self) -> bool:
@@ -127,19 +132,20 @@ class Channel:
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
-    def _write(self, kind: Kind, tensors: Sequence[Tensor], body: bytes) -> None:
+    def _write(self, kind: Kind, tensors: Sequence[Tensor | Array], body: bytes) -> bool:
+        """Give the transport a frame, or have it wait its turn; whether the transport has it."""
         if self.closed:
             raise PeerError(f"{self.peer} closed the connection")
-        frame: list[bytes | memoryview] = [head_bytes(kind, self._sent, items_of(tensors), body), *payload_of(tensors)]
-        size = sum(map(len, frame))
+        frame = b"".join((head_bytes(kind, self._sent, items_of(tensors), body), *payload_of(tensors)))
         self._sent += 1
-        if not self._sending and self._writer.transport.get_write_buffer_size() + size <= _IN_TRANSPORT:
-            self._writer.writelines(frame)
-            return
-        self._unsent.append(b"".join(frame))
-        self._quota.waits(self, size)
+        if not self._sending and self._writer.transport.get_write_buffer_size() + len(frame) <= _IN_TRANSPORT:
+            self._writer.write(frame)
+            return True
+        self._unsent.append(frame)
+        self._quota.waits(self, len(frame))
         if not self._sending:
             self._sending = asyncio.get_running_loop().create_task(self._send_on())
+        return False
 
     async def _send_on(self) -> None:
         """Give the transport what waits, as the peer reads it."""

@@ -12,13 +12,12 @@ import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tacit.errors import CodecError, DeadlineExceeded, InputError, PeerError, TacitError
 from tacit.identity import Identity, key_text
-from tacit.mpc.shares import Share, reconstruct, share
-from tacit.mpc.steps import Role
 from tacit.party import calling, messages
 from tacit.party.channel import Channel
 from tacit.party.cluster_file import ALICE, BOB, ClusterFile
@@ -27,9 +26,9 @@ from tacit.party.refusal import Reason, Refusal
 from tacit.party.session import Session
 from tacit.party.session_messages import Purpose
 from tacit.program.inputs import ModelInput, checked_inputs
-from tacit.ring.fixed_point import FRACTION_BITS, encode
-from tacit.ring.prg import Prg
-from tacit.wire import Frame, Kind
+from tacit.ring.fixed_point import encode
+from tacit.ring.prg import SEED_BYTES, Prg
+from tacit.wire import Array, Frame, Kind
 
 TIMEOUT_S = 60.0
 _GRACE_S = 2.0
@@ -150,17 +149,22 @@ class Client:
 
     async def _ask(self, model: str, inputs: Sequence[Tensor], timeout: float) -> Tensor | Results:
         wanted = await self.describe(model)
-        given = [encode(value) for value in checked_inputs(inputs, wanted.inputs, model)]
-        if len({len(words) for words in given}) > 1:
+        given = [encode(value).numpy() for value in checked_inputs(inputs, wanted.inputs, model)]
+        rows, most = len(given[0]), wanted.largest
+        if any(len(words) != rows for words in given):
             raise InputError("the inputs have different numbers of rows: give as many for each")
         session = await self._connected()
-        parts = zip(*(torch.split(words, wanted.largest) for words in given), strict=True)
-        asked = [session.ask(wanted.digest, part, timeout, self._prg) for part in parts]
-        answers = await _all(asked)
-        outputs = tuple(torch.cat(columns) for columns in zip(*answers, strict=True))
+        if rows <= most:
+            outputs = await session.ask(wanted.digest, given, timeout, self._prg)
+        else:
+            parts = [[words[start : start + most] for words in given] for start in range(0, rows, most)]
+            answers = await _all([session.ask(wanted.digest, part, timeout, self._prg) for part in parts])
+            outputs = tuple(torch.cat(columns) for columns in zip(*answers, strict=True))
         return outputs if len(outputs) > 1 else outputs[0]
 
     async def _connected(self) -> _ClientSession:
+        if self._session and self._session.usable:
+            return self._session
         async with self._opening:
             if self._session is None or not self._session.usable:
                 if self._session:
@@ -180,6 +184,7 @@ class _ClientSession:
         self._channels, self._session = channels, session
         self._numbers = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
+        self._masks: tuple[bytes, Prg] | None = None
         self._readers = [asyncio.ensure_future(self._read(party, channel)) for party, channel in channels.items()]
 
     @property
@@ -202,13 +207,15 @@ class _ClientSession:
         inputs = tuple(ModelInput(tuple(shape), whole) for shape, whole in alice.inputs)
         return Description(alice.model, inputs, max(1, alice.largest))
 
-    async def ask(self, model: str, inputs: Sequence[Tensor], timeout: float, prg: Prg) -> Results:
-        """Ask for one request's results."""
-        number, rows = next(self._numbers), len(inputs[0])
-        pairs = [share(words, FRACTION_BITS, prg) for words in inputs]
+    async def ask(self, model: str, inputs: Sequence[Array], timeout: float, prg: Prg) -> Results:
+        """Ask for one request's results: alice's shares come of a seed, bob's are what is left of the inputs."""
+        number, rows, (seed, hers) = next(self._numbers), len(inputs[0]), self._masks or _masks(prg)
+        self._masks = None
         with self._question(number) as waiting:
-            for side, party in enumerate(_BOTH):
-                self._say(party, Ask(number, model, rows, 1000 * timeout), [pair[side].words for pair in pairs])
+            self._say(ALICE, Ask(number, model, rows, 1000 * timeout, seed))
+            his = [words - hers.words(words.shape).numpy() for words in inputs]
+            self._say(BOB, Ask(number, model, rows, 1000 * timeout), his)
+            self._masks = _masks(prg)  # for the next request, while there is time
             try:
                 await waiting.future
             except (asyncio.CancelledError, _Refused):
@@ -235,7 +242,7 @@ class _ClientSession:
         finally:
             del self._waiting[number]
 
-    def _say(self, party: str, call: ClientCall, tensors: Sequence[Tensor] = ()) -> None:
+    def _say(self, party: str, call: ClientCall, tensors: Sequence[Array] = ()) -> None:
         self._channels[party].send(Kind.CALL, tensors, messages.encode(call))
 
     async def _read(self, party: str, channel: Channel) -> None:
@@ -269,6 +276,12 @@ class _ClientSession:
                 waiting.future.set_exception(error)
 
 
+def _masks(prg: Prg) -> tuple[bytes, Prg]:
+    """A new seed, and what generates a request's masks from it."""
+    seed = prg.bytes(SEED_BYTES)
+    return seed, Prg(seed).prepared()
+
+
 def _results(waiting: _Waiting, rows: int) -> Results:
     """Put the two parties' shares together.
 
@@ -279,13 +292,13 @@ def _results(waiting: _Waiting, rows: int) -> Results:
     (alice, one), (bob, other) = (answers[party] for party in _BOTH)
     if not isinstance(alice, Answer) or not isinstance(bob, Answer) or alice.scales != bob.scales:
         raise CodecError("alice's and bob's shares are not of one result")
-    if not len(alice.scales) == len(one.tensors) == len(other.tensors) > 0:
+    if not len(alice.scales) == len(one.arrays) == len(other.arrays) > 0:
         raise CodecError("alice and bob sent different numbers of results")
     results = []
-    for scale, left, right in zip(alice.scales, one.tensors, other.tensors, strict=True):
-        if left.dtype != torch.int64 or right.dtype != torch.int64 or left.shape != right.shape or len(left) != rows:
+    for scale, left, right in zip(alice.scales, one.arrays, other.arrays, strict=True):
+        if not left.dtype == right.dtype == np.int64 or left.shape != right.shape or left.shape[:1] != (rows,):
             raise CodecError("alice's and bob's shares are not of the rows that were asked")
-        results.append(reconstruct(Share(left, scale, Role.ALICE), Share(right, scale, Role.BOB)).to(torch.float32))
+        results.append(torch.from_numpy(((left + right) * 2.0**-scale).astype(np.float32)))
     return tuple(results)
 
 

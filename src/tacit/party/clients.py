@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tacit.errors import CodecError, PeerError
-from tacit.party import messages
+from tacit.party import messages, worker_calls
 from tacit.party.channel import Channel
 from tacit.party.cluster_file import ClusterFile
 from tacit.party.crew import Served
@@ -20,12 +19,14 @@ from tacit.party.messages import Answer, Ask, Cancel, ClientReply, Describe, Des
 from tacit.party.metrics import Metrics
 from tacit.party.refusal import Reason, Refusal
 from tacit.party.session import Session
-from tacit.wire import Kind
+from tacit.party.tickets import Ticket
+from tacit.wire import Array, Kind
 
 OUTSTANDING = 1024
 OUTSTANDING_BYTES = 1 << 28
 """Requests of one client that may wait for their answers, and bytes of their shares."""
 _SLACK_BYTES = 1 << 16
+_WORD = np.dtype(np.int64)
 
 
 @dataclass(repr=False, eq=False)
@@ -37,7 +38,7 @@ class Held:
         channel: to the client.
         client: its name.
         ask: what it asked.
-        tensors: this party's shares of the inputs.
+        shares: this party's, of the inputs; none where it was sent a seed.
         arrived: when it came.
         unwanted: whether the client does not want the answer any more.
     """
@@ -46,14 +47,14 @@ class Held:
     channel: Channel
     client: str
     ask: Ask
-    tensors: Sequence[Tensor]
+    shares: Sequence[Array]
     arrived: float
     unwanted: bool = False
 
     @property
     def nbytes(self) -> int:
         """What its shares take."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(one.nbytes for one in self.shares)
 
 
 class Clients:
@@ -105,19 +106,19 @@ class Clients:
                             raise CodecError(f"{session.caller} used a request's number twice")
                         last = number
                         id = (session.id, number)
-                        self._take(Held(id, channel, session.caller, message, frame.tensors, time.monotonic()))
+                        self._take(Held(id, channel, session.caller, message, frame.arrays, time.monotonic()))
         finally:
             for id in [id for id in self.requests if id[0] == session.id]:
                 self._give_up(id)
 
-    def answer(self, held: Held, run: int, scales: list[int], outputs: Sequence[Tensor], start: int) -> None:
+    def answer(self, held: Held, run: int, scales: list[int], outputs: Sequence[Array], start: int) -> None:
         """Send a client its rows of a batch's results."""
         if not held.unwanted:
             rows = [output[start : start + held.ask.rows] for output in outputs]
             self._say(held.channel, Answer(held.ask.number, run, scales), rows)
             self._count(held, "answered")
             seconds = time.monotonic() - held.arrived
-            self._metrics.request_seconds.labels(self._name(held)).observe(seconds)
+            self._metrics.of(self._metrics.request_seconds, self._name(held)).observe(seconds)
 
     def refuse(self, held: Held, refusal: Refusal) -> None:
         """Tell a client that there will be no answer."""
@@ -155,8 +156,8 @@ class Clients:
         if self._outstanding[held.client] >= OUTSTANDING or self._bytes[held.client] > OUTSTANDING_BYTES:
             count = self._outstanding[held.client]
             return Refusal(Reason.BUSY, f"{count} requests of {held.client} wait for their answers: send fewer", 1.0)
-        wanted = [(torch.int64, (ask.rows, *one.item_shape)) for one in served.part.inputs]
-        if [(one.dtype, tuple(one.shape)) for one in held.tensors] != wanted:
+        wanted = [] if ask.seed else [(_WORD, (ask.rows, *one.item_shape)) for one in served.part.inputs]
+        if [(one.dtype, one.shape) for one in held.shares] != wanted:
             return Refusal(Reason.INVALID, f"these are not shares of {ask.rows} inputs of {name!r}")
         return None
 
@@ -178,20 +179,36 @@ class Clients:
             self._given_up(held)
 
     def _largest_frame(self) -> int:
-        sizes = [one.row_bytes * one.part.batch_sizes[-1] for one in self._served.values()]
-        return _SLACK_BYTES + max(sizes, default=0)
+        return _SLACK_BYTES + max((one.largest_request for one in self._served.values()), default=0)
 
     def _count(self, held: Held, outcome: str) -> None:
-        self._metrics.requests.labels(self._name(held), outcome).inc()
+        self._metrics.of(self._metrics.requests, self._name(held), outcome).inc()
 
     def _name(self, held: Held) -> str:
         served = self._served.get(held.ask.model)
         return served.part.name if served else "unknown"
 
-    def _say(self, channel: Channel, message: ClientReply, tensors: Sequence[Tensor] = ()) -> None:
+    def _say(self, channel: Channel, message: ClientReply, tensors: Sequence[Array] = ()) -> None:
         # Whether a client has left, or does not read what it is sent, is for its session to find out.
         with contextlib.suppress(PeerError):
             channel.send(Kind.REPLY, tensors, messages.encode(message))
+
+
+def run_of(
+    batch: int, ticket: Ticket, rows: list[int], requests: Sequence[Held | None]
+) -> tuple[worker_calls.Run, list[Array]]:
+    """What tells a worker to run a batch, and the shares that go with it.
+
+    Args:
+        batch: its number.
+        ticket: what to use.
+        rows: of each request.
+        requests: those of the batch; ``None`` for one whose shares this party does not have.
+    """
+    absent = [position for position, held in enumerate(requests) if held is None]
+    seeds = {position: held.ask.seed for position, held in enumerate(requests) if held and held.ask.seed}
+    shares = [one for held in requests if held for one in held.shares]
+    return worker_calls.Run(batch, ticket, rows, absent, seeds), shares
 
 
 def _forbidden(client: str, name: str) -> Refusal:

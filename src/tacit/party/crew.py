@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
-
-import torch
-from torch import Tensor
 
 from tacit.errors import TacitError, one_line
 from tacit.party.logs import Log
@@ -19,6 +18,7 @@ from tacit.party.models import ModelPart, pack
 from tacit.party.vault import Vault
 from tacit.party.worker_calls import Answer, Install, Installed, Plan, Remove, Setup
 from tacit.party.workers import WorkerProcess
+from tacit.wire import Array
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,10 +33,10 @@ class Served:
     part: ModelPart
     plans: dict[int, Plan] = field(default_factory=dict)
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row's shares."""
-        return 8 * sum(torch.Size(one.item_shape).numel() for one in self.part.inputs)
+    @cached_property
+    def largest_request(self) -> int:
+        """Bytes of the shares of as many rows as a batch may have."""
+        return 8 * max(self.part.batch_sizes) * sum(math.prod(one.item_shape) for one in self.part.inputs)
 
 
 class Watcher(Protocol):
@@ -54,8 +54,8 @@ class Watcher(Protocol):
     def worker_ended(self, worker: WorkerProcess) -> None:
         """A worker is gone; another process will take its place."""
 
-    def worker_heard(self, worker: WorkerProcess, answer: Answer, tensors: Sequence[Tensor]) -> None:
-        """A worker says something."""
+    def worker_heard(self, worker: WorkerProcess, answer: Answer, outputs: Sequence[Array]) -> None:
+        """A worker says something; outputs are its shares of a batch's results."""
 
 
 class Crew:
@@ -130,11 +130,11 @@ class Crew:
         self._log("worker_ended", worker=worker.number)
         self._watcher.worker_ended(worker)
 
-    def _heard(self, worker: WorkerProcess, answer: Answer, tensors: Sequence[Tensor]) -> None:
+    def _heard(self, worker: WorkerProcess, answer: Answer, outputs: Sequence[Array]) -> None:
         if isinstance(answer, Installed) and answer.model in self.served:
             worker.models.add(answer.model)
             self.served[answer.model].plans.update({plan.size: plan for plan in answer.plans})
-        self._watcher.worker_heard(worker, answer, tensors)
+        self._watcher.worker_heard(worker, answer, outputs)
 
     async def _equip(self, worker: WorkerProcess) -> None:
         """Give a worker that has just started the models that are served."""

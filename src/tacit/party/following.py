@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tacit.party import messages, worker_calls
-from tacit.party.clients import Clients, Held
+from tacit.party.clients import Clients, Held, run_of
 from tacit.party.crew import Crew
 from tacit.party.house import House
 from tacit.party.messages import Absent, Begin, FromBob, Have, RequestId
@@ -22,6 +20,7 @@ from tacit.party.refusal import Reason, Refusal
 from tacit.party.tasks import Tasks
 from tacit.party.tickets import Ticket
 from tacit.party.workers import NOTICING_S, WorkerProcess
+from tacit.wire import Array
 
 MISSING_S = 0.05
 """How long a batch, for which alice's worker waits already, waits for a share that has not come."""
@@ -146,14 +145,12 @@ class Follower:
         for position, (held, rows) in enumerate(zip(running.held, begin.rows, strict=True)):
             if held and (held.ask.rows, held.ask.model) != (rows, begin.ticket.model):
                 running.held[position] = None
-        absent = [position for position, held in enumerate(running.held) if held is None]
-        if absent:
-            self._say(Absent(begin.batch, [begin.requests[position] for position in absent]))
-        tensors = [tensor for held in running.held if held for tensor in held.tensors]
-        run = worker_calls.Run(begin.batch, begin.ticket, begin.rows, absent)
-        self.crew.workers[begin.worker].call(run, tensors)
+        run, shares = run_of(begin.batch, begin.ticket, begin.rows, running.held)
+        if run.absent:
+            self._say(Absent(begin.batch, [begin.requests[position] for position in run.absent]))
+        self.crew.workers[begin.worker].call(run, shares)
 
-    def _ran(self, worker: WorkerProcess, ran: worker_calls.Ran, outputs: Sequence[Tensor]) -> None:
+    def _ran(self, worker: WorkerProcess, ran: worker_calls.Ran, outputs: Sequence[Array]) -> None:
         running = self._ended(worker.number, ran.batch)
         if running is None:
             return
@@ -227,13 +224,13 @@ class Follower:
         for batch in [batch for batch, one in self._running.items() if one.begin.worker == worker.number]:
             self._broke(worker.number, batch, "bob's worker ended in the middle of it")
 
-    def worker_heard(self, worker: WorkerProcess, answer: worker_calls.Answer, tensors: Sequence[Tensor]) -> None:
+    def worker_heard(self, worker: WorkerProcess, answer: worker_calls.Answer, outputs: Sequence[Array]) -> None:
         """See `Watcher`."""
         number = worker.number
         token = self._tokens.get(number, b"")
         match answer:
             case worker_calls.Ran():
-                self._ran(worker, answer, tensors)
+                self._ran(worker, answer, outputs)
             case worker_calls.Broke(batch, why):
                 self._broke(number, batch, why)
             case worker_calls.Installed(model):

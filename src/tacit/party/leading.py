@@ -17,11 +17,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
-
 from tacit.party import worker_calls
 from tacit.party.batching import Batch, Policy, Scheduler
-from tacit.party.clients import Clients, Held
+from tacit.party.clients import Clients, Held, run_of
 from tacit.party.crew import Crew
 from tacit.party.house import House
 from tacit.party.limits import Limits
@@ -34,6 +32,7 @@ from tacit.party.refill import Line
 from tacit.party.refusal import Reason, Refusal
 from tacit.party.tasks import Tasks
 from tacit.party.workers import NOTICING_S, WorkerProcess
+from tacit.wire import Array
 
 LONGEST_S = 600.0
 """A request waits no longer than that, whatever its client says."""
@@ -197,20 +196,19 @@ class Leader:
     def _begin(self, now: float, pair: Pair, batch: Batch) -> None:
         ticket = self.pairing.take(pair, batch.model, batch.size)
         ids, rows = [request.id for request in batch.requests], [request.rows for request in batch.requests]
-        tensors = [tensor for id in ids for tensor in self.clients.requests[id].tensors]
         pair.running = Running(batch, ticket, now)
         self._say(Begin(pair.number, batch.number, ticket, ids, rows, self._over))
-        pair.worker.call(worker_calls.Run(batch.number, ticket, rows), tensors)
+        pair.worker.call(*run_of(batch.number, ticket, rows, [self.clients.requests[id] for id in ids]))
         self._over = []
 
-    def _ran(self, pair: Pair, ran: worker_calls.Ran, outputs: Sequence[Tensor]) -> None:
+    def _ran(self, pair: Pair, ran: worker_calls.Ran, outputs: Sequence[Array]) -> None:
         running = pair.running
         if running is None or running.batch.number != ran.batch:
             return
         batch, pair.running, now = running.batch, None, time.monotonic()
         self._scheduler.done(now, batch, now - running.began)
-        self._count(batch, ran)
-        self._pump_now()  # the workers go on while the answers are sent
+        if self.waiting:
+            self._pump_now()  # the workers go on while the answers are sent
         start, recent = 0, {}
         for request in batch.requests:
             if held := self._end(request.id):
@@ -219,11 +217,12 @@ class Leader:
                     self.clients.refuse(held, _MISSING)
                 else:
                     self.clients.answer(held, batch.number, ran.scales, outputs, start)
-                    held.tensors, recent[request.id] = (), held
+                    held.shares, recent[request.id] = (), held
             start += request.rows
         self._recent[batch.number] = recent
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
+        self._count(batch, ran)
         self.pairing.stock(pair)
 
     def _broke(self, pair: Pair, why: str) -> None:
@@ -268,12 +267,12 @@ class Leader:
         self.pairing.worker_ended(worker)
         self._broke(self.pairing.pairs[worker.number], "alice's worker ended in the middle of it")
 
-    def worker_heard(self, worker: WorkerProcess, answer: worker_calls.Answer, tensors: Sequence[Tensor]) -> None:
+    def worker_heard(self, worker: WorkerProcess, answer: worker_calls.Answer, outputs: Sequence[Array]) -> None:
         """See `Watcher`."""
         pair = self.pairing.pairs[worker.number]
         match answer:
             case worker_calls.Ran():
-                self._ran(pair, answer, tensors)
+                self._ran(pair, answer, outputs)
             case worker_calls.Broke(batch, why) if pair.running and pair.running.batch.number == batch:
                 # It says next that it has left the link; nothing may begin there until then.
                 self.pairing.part(pair, why)

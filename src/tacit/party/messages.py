@@ -17,7 +17,7 @@ from tacit.party.jobs.requests import JobCall, JobReply
 from tacit.party.pool import Holding
 from tacit.party.refusal import Refusal
 from tacit.party.tickets import BatchSize, Digest, Ticket
-from tacit.party.worker_calls import Token
+from tacit.party.worker_calls import Seed, Token
 from tacit.wire import parsed
 
 Number = Annotated[int, Meta(ge=0, lt=1 << 62)]
@@ -53,19 +53,25 @@ class Described(msgspec.Struct, tag=True, forbid_unknown_fields=True):
 
 
 class Ask(msgspec.Struct, tag=True, forbid_unknown_fields=True):
-    """A client asks for a prediction; its shares of the inputs come with this.
+    """A client asks for a prediction; its shares of the inputs come with this, or are what a seed generates.
 
     Args:
         number: of the request, used once in the session, the same at alice and bob.
         model: the digest that `Described` gave.
         rows: inputs in the batch.
         deadline_ms: how long an answer is of use.
+        seed: the shares of each input in turn are the next words of `tacit.ring.prg.Prg` under this seed, and none
+            come with this. Secret.
     """
 
     number: Number
     model: Digest
     rows: BatchSize
     deadline_ms: Annotated[float, Meta(gt=0)]
+    seed: Seed | None = None
+
+    def __repr__(self) -> str:
+        return f"Ask(number {self.number}, {self.rows} rows of {self.model[:12]})"
 
 
 class Cancel(msgspec.Struct, tag=True, forbid_unknown_fields=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -13,6 +14,7 @@ from tacit.party.worker_calls import Ran
 
 _STEP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 100.0)
 _SECONDS = (0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+M = TypeVar("M", Counter, Histogram)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -21,6 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        self._labelled: dict[tuple[object, ...], Any] = {}
         ProcessCollector(registry=registry)
         self.ready = Gauge("tacit_ready", "1 if requests can be served", registry=registry)
         self.sessions = Gauge("tacit_sessions", "Open sessions", ["purpose"], registry=registry)
@@ -77,11 +80,19 @@ class Metrics:
         )
         self.job_bytes_online = Counter("tacit_job_bytes_online_total", "Bytes of these", registry=registry)
 
+    def of(self, metric: M, *labels: str | int) -> M:
+        """What counts under these labels. (A metric would turn them into text, and look under a lock, each time.)"""
+        key = (metric, *labels)
+        if key not in self._labelled:
+            self._labelled[key] = metric.labels(*labels)
+        found: M = self._labelled[key]
+        return found
+
     def ran(self, model: str, size: int, rows: int, ran: Ran) -> None:
         """Count a batch that a worker has run."""
-        self.batches.labels(model, size, "done").inc()
-        self.rows.labels(model).inc(rows)
-        self.batch_seconds.labels(model, size).observe(ran.seconds)
+        self.of(self.batches, model, size, "done").inc()
+        self.of(self.rows, model).inc(rows)
+        self.of(self.batch_seconds, model, size).observe(ran.seconds)
         self.waited_seconds.inc(ran.waited_s)
         self.rounds.inc(ran.rounds)
         self.bytes_online.inc(ran.bytes_online)

@@ -177,7 +177,7 @@ class Pairing:
 
     def stock(self, pair: Pair) -> None:
         """Have the tickets made ready that a pair should have and has not."""
-        if pair.linked and self.connected and pair.number not in {*self._stocking, *self._unclaimed}:
+        if pair.number not in self._stocking and self._lease(pair):
             self._stocking.add(pair.number)
             self._tasks.start(self._stock(pair))
 
@@ -198,20 +198,23 @@ class Pairing:
             self.stock(pair)
             self._changed()
 
+    def _lease(self, pair: Pair) -> tuple[Line, int] | None:
+        """What to take from the pool for a pair next, if anything."""
+        if not pair.linked or not self.connected or pair.number in self._unclaimed:
+            return None
+        now = time.monotonic()
+        sizes = {
+            (model, size): plan.bytes_stocked
+            for model in sorted(pair.models & self._crew.served.keys())
+            for size, plan in self._crew.served[model].plans.items()
+        }
+        used = {line: self._usage.of(line, now) for line in sizes}
+        return next_lease(sizes, pair.held, self.levels, used, self._memory)
+
     async def _stock(self, pair: Pair) -> None:
         try:
-            while pair.linked and self.connected and pair.number not in self._unclaimed:
-                now, token = time.monotonic(), pair.token
-                sizes = {
-                    (model, size): plan.bytes_stocked
-                    for model in sorted(pair.models & self._crew.served.keys())
-                    for size, plan in self._crew.served[model].plans.items()
-                }
-                used = {line: self._usage.of(line, now) for line in sizes}
-                lease = next_lease(sizes, pair.held, self.levels, used, self._memory)
-                if lease is None:
-                    return
-                line, count = lease
+            while lease := self._lease(pair):
+                (line, count), token = lease, pair.token
                 tickets = await asyncio.to_thread(self._house.lease, *line, count)
                 self.levels[line] = self.levels.get(line, 0) - len(tickets) if tickets else 0
                 if pair.token != token or not self.connected or line[0] not in self._crew.served:

@@ -8,9 +8,8 @@ always let through, however large: the answer to a client's largest batch is, ov
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 UNREAD_BYTES = 1 << 26
@@ -65,15 +64,14 @@ class Quota(Generic[End]):
         """Nothing waits any more on a connection."""
         del self._unread[end]
 
-    @contextlib.asynccontextmanager
-    async def room(self, count: int) -> AsyncIterator[None]:
-        """Room for a frame of so many bytes while it arrives; waited for while others take it."""
+    async def arrives(self, count: int) -> None:
+        """A frame of so many bytes is next: waits while others take the room. `arrived` has to follow."""
         while count and self._arriving and self._arriving + count > self._arriving_limit:
             self._freed.clear()
             await self._freed.wait()
         self._arriving += count
-        try:
-            yield
-        finally:
-            self._arriving -= count
-            self._freed.set()
+
+    def arrived(self, count: int) -> None:
+        """It has arrived, or never will."""
+        self._arriving -= count
+        self._freed.set()

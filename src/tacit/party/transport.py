@@ -38,7 +38,6 @@ from tacit.wire import (
     parse_prefix,
     parsed,
     payload_of,
-    unpack,
 )
 
 PATIENCE_S = 600.0
@@ -96,7 +95,7 @@ class Link:
         landing = Landing(head.items)
         self._fill(landing.views)
         self._received += 1
-        return Frame(prefix.kind, head.number, head.body, landing.tensors())
+        return Frame(prefix.kind, head.number, head.body, landing.arrays())
 
     def receive_tensors(self, kind: Kind, items: Sequence[Item]) -> tuple[Tensor, ...]:
         """Wait for a frame whose tensors are known beforehand; anything else is refused before its payload is read.
@@ -130,7 +129,7 @@ class Link:
         outgoing = [memoryview(head), *payload]
         landing = self._arrive(expected, items, outgoing)
         self._drain(outgoing)
-        opened = tuple(map(_reconstruct, values, landing.raw, items))
+        opened = tuple(map(_reconstruct, values, landing.tensors()))
         self.moved_s += time.perf_counter() - began - (self.waited_s - waited)
         return opened
 
@@ -209,11 +208,10 @@ class Link:
         return f"Link(to {self.peer})"
 
 
-def _reconstruct(own: Tensor, raw: Tensor, item: Item) -> Tensor:
+def _reconstruct(own: Tensor, theirs: Tensor) -> Tensor:
     """The sum or XOR, in the memory in which the peer's share arrived."""
     if own.dtype == torch.int64:
-        return raw.add_(own)
-    theirs = unpack(raw, item)
+        return theirs.add_(own)
     return theirs.logical_xor_(own) if own.dtype == torch.bool else theirs.bitwise_xor_(own)
 
 

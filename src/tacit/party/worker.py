@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ from tacit.party.worker_calls import (
     Unpaired,
 )
 from tacit.ring.fixed_point import FRACTION_BITS
+from tacit.ring.prg import Prg
 from tacit.wire import Frame, Kind
 
 
@@ -222,14 +223,19 @@ class Worker:
 
 def _batch(run: Run, tensors: tuple[Tensor, ...], model: LoadedModel, holder: Role) -> list[Share]:
     """This party's shares of a whole batch, from those of its requests; zeros where there are none."""
-    items = model.part.inputs
-    wholes = [torch.zeros((run.ticket.batch, *item.item_shape), dtype=torch.int64) for item in items]
-    rest, start = iter(tensors), 0
+    shapes, rest = [item.item_shape for item in model.part.inputs], iter(tensors)
+    parts: list[Sequence[Tensor]] = []
     for position, rows in enumerate(run.rows):
-        if position not in run.absent:
-            for whole in wholes:
-                whole[start : start + rows] = next(rest)
-        start += rows
+        if position in run.absent:
+            parts.append([torch.zeros((rows, *shape), dtype=torch.int64) for shape in shapes])
+        elif position in run.seeds:
+            generator = Prg(run.seeds[position])
+            parts.append([generator.words((rows, *shape)) for shape in shapes])
+        else:
+            parts.append([next(rest) for _ in shapes])
+    if left := run.ticket.batch - sum(run.rows):
+        parts.append([torch.zeros((left, *shape), dtype=torch.int64) for shape in shapes])
+    wholes = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return [Share(whole, FRACTION_BITS, holder) for whole in wholes]
 
 

@@ -13,10 +13,12 @@ from msgspec import Meta
 
 from tacit.party.tickets import BatchSize, Digest, Ticket
 from tacit.party.vouchers import Voucher
+from tacit.ring.prg import SEED_BYTES
 from tacit.wire import parsed
 
 TOKEN_BYTES = 32
 Token = Annotated[bytes, Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+Seed = Annotated[bytes, Meta(min_length=SEED_BYTES, max_length=SEED_BYTES)]
 
 
 class Setup(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -91,12 +93,17 @@ class Run(msgspec.Struct, tag=True, forbid_unknown_fields=True):
         ticket: what to use; it has been stocked.
         rows: of each request.
         absent: positions of requests whose shares this party does not have; zeros take their place.
+        seeds: by position, what generates the shares of a request, in the place of shares that come with this. Secret.
     """
 
     batch: int
     ticket: Ticket
     rows: list[BatchSize]
     absent: list[int] = []
+    seeds: dict[int, Seed] = {}
+
+    def __repr__(self) -> str:
+        return f"Run(batch {self.batch}, {self.ticket}, rows {self.rows})"
 
 
 class Ping(msgspec.Struct, tag=True, forbid_unknown_fields=True):

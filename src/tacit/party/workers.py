@@ -18,7 +18,7 @@ from tacit.party.channel import Channel
 from tacit.party.children import ENVIRONMENT
 from tacit.party.quota import Quota
 from tacit.party.worker_calls import Answer, Call, Ping, Pong, Setup
-from tacit.wire import Kind
+from tacit.wire import Array, Kind
 
 _AGAIN_S = (0.0, 1.0, 2.0, 5.0, 15.0)
 """How long to wait before a worker is started again, by how many times it ended soon after its start."""
@@ -31,7 +31,7 @@ NOTICING_S = 10.0
 """A worker whose counterpart has left a run says so within this time, unless it hangs."""
 _UNREAD_BYTES = 1 << 34
 
-Heard = Callable[["WorkerProcess", Answer, Sequence[Tensor]], None]
+Heard = Callable[["WorkerProcess", Answer, Sequence[Array]], None]
 Changed = Callable[["WorkerProcess"], None]
 
 
@@ -75,7 +75,7 @@ class WorkerProcess:
             soon = soon + 1 if time.monotonic() - began < _SOON_S else 0
             await asyncio.sleep(_AGAIN_S[min(soon, len(_AGAIN_S) - 1)])
 
-    def call(self, call: Call, tensors: Sequence[Tensor] = ()) -> None:
+    def call(self, call: Call, tensors: Sequence[Tensor | Array] = ()) -> None:
         """Tell the worker what to do; nothing happens if there is none, which `ended` has said or will say."""
         if self._channel:
             with contextlib.suppress(PeerError):
@@ -122,13 +122,13 @@ class WorkerProcess:
         try:
             self.call(self._setup)
             self._started(self)
-            while True:
-                async with asyncio.timeout(_SILENT_S) as self._silence:
+            async with asyncio.timeout(None) as self._silence:
+                while True:
+                    self._silence.reschedule(asyncio.get_running_loop().time() + _SILENT_S)
                     frame = await self._channel.receive(Kind.REPLY)
-                self._silence = None
-                answer = worker_calls.decode_answer(frame.body)
-                if not isinstance(answer, Pong):
-                    self._heard(self, answer, frame.tensors)
+                    answer = worker_calls.decode_answer(frame.body)
+                    if not isinstance(answer, Pong):
+                        self._heard(self, answer, frame.arrays)
         except PeerError:
             pass  # it has ended, or sent nonsense
         except TimeoutError:

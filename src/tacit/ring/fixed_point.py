@@ -34,15 +34,12 @@ def encode(values: Tensor, bits: int = FRACTION_BITS, *, what: str = "input") ->
     if values.is_complex() or values.is_quantized:
         raise InputError(f"{what} has dtype {values.dtype}: only real dtypes can be encoded, convert it to float32")
     scaled = values.detach().to(torch.float64) * 2.0**bits
-    if not scaled.is_meta:
+    if not scaled.is_meta and not bool((scaled.abs() < 2.0**MAGNITUDE_BITS).all()):
         if not bool(torch.isfinite(scaled).all()):
             raise RangeError(f"{what} holds NaN or infinity: only finite numbers can be encoded")
-        if bool((scaled.abs() >= 2.0**MAGNITUDE_BITS).any()):
-            limit = 2.0 ** (MAGNITUDE_BITS - bits)
-            raise RangeError(
-                f"{what} holds a value outside ±{limit:g}, the range at {bits} fractional bits: rescale it"
-            )
-    return scaled.round().to(torch.int64)
+        limit = 2.0 ** (MAGNITUDE_BITS - bits)
+        raise RangeError(f"{what} holds a value outside ±{limit:g}, the range at {bits} fractional bits: rescale it")
+    return scaled.round_().to(torch.int64)
 
 
 def decode(words: Tensor, bits: int) -> Tensor:

@@ -71,6 +71,12 @@ class Prg:
         info = b"tacit/v1/" + purpose.encode() + b"/" + number.to_bytes(8, "big")
         return Prg(HKDFExpand(SHA256(), SEED_BYTES, info).derive(self._seed))
 
+    def prepared(self) -> Prg:
+        """This generator, its ciphers made: what is drawn first takes no longer than what is drawn later."""
+        if self._stream is None:
+            self._head, self._stream = _head_of(self._seed) if self._head is None else self._head, self._following(None)
+        return self
+
     def bytes(self, count: int) -> bytes:
         """The next ``count`` bytes of the stream."""
         return self._next(count).tobytes()
@@ -119,7 +125,7 @@ class Prg:
     def _update_into(self, size: int, out: memoryview) -> None:
         """The next ``size`` bytes, at most a chunk, to ``out``, which has room for a block more."""
         if self._head is None:
-            self._head = Cipher(algorithms.AES(self._seed), modes.ECB()).encryptor().update(_HEAD)
+            self._head = _head_of(self._seed)
         start = min(size, len(self._head))
         if start:
             out[:start], self._head = self._head[:start], self._head[start:]
@@ -144,6 +150,10 @@ class Prg:
 
     def __repr__(self) -> str:
         return "Prg(seed hidden)"
+
+
+def _head_of(seed: bytes) -> bytes:
+    return Cipher(algorithms.AES(seed), modes.ECB()).encryptor().update(_HEAD)
 
 
 def add_streams(words: Words, streams: Iterable[tuple[Prg, bool]]) -> None:
