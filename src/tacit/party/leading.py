@@ -217,7 +217,7 @@ class Leader:
                     self.clients.refuse(held, _MISSING)
                 else:
                     self.clients.answer(held, batch.number, ran.scales, outputs, start)
-                    held.shares, recent[request.id] = (), held
+                    held.shares, held.ask.seed, recent[request.id] = (), None, held
             start += request.rows
         self._recent[batch.number] = recent
         while len(self._recent) > _RECENT:
