@@ -218,6 +218,7 @@ def test_pools_refill_over_the_link(asked: Asked) -> None:
     began = time.perf_counter()
     asked.until_full()
     seconds = time.perf_counter() - began
+    assert used >= 4
     assert asked.metrics(PROVIDER)["tacit_dealt_tickets_total"] - before >= 4
     EXPLAINED.append(f"{asked.what}: the pools were full again {seconds:.1f} s after {used:.0f} batches")
 
