@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,10 +20,13 @@ from torch import Tensor
 
 import tacit
 from serving import close, cluster_of, inputs, model, pushed
-from tacit.party import channel
+from tacit.party import channel, messages
 from tacit.party.cluster_file import ALICE, BOB, PARTIES
 from tacit.party.local import LocalService
+from tacit.party.messages import Ask
 from tacit.ring.fixed_point import encode
+from tacit.ring.prg import SEED_BYTES
+from tacit.wire import Array, Kind
 
 pytestmark = pytest.mark.slow
 MODEL = model()
@@ -129,15 +133,24 @@ def test_no_disk_has_them_and_requests_change_pools_and_logs_alone(service: Loca
 def test_what_a_party_is_sent_is_uniform_and_never_the_same(
     service: LocalService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Alice is sent a seed and bob is sent words: beside them nothing but what anybody may know of a request."""
     sent: dict[str, list[bytes]] = {ALICE: [], BOB: []}
     write = channel.Channel._write
 
-    def recorded(self: channel.Channel, kind: object, tensors: Sequence[Tensor], body: bytes) -> None:
-        sent[self.peer] += [tensor.numpy().tobytes() for tensor in tensors]
-        write(self, kind, tensors, body)  # type: ignore[arg-type]
+    def recorded(self: channel.Channel, kind: Kind, tensors: Sequence[Array], body: bytes) -> bool:
+        said = messages.decode(messages.client_calls, body, "the client") if kind is Kind.CALL else None
+        if isinstance(said, Ask):
+            assert (said.seed is not None, len(tensors)) == ((True, 0) if self.peer == ALICE else (False, 1))
+            sent[self.peer].append(said.seed or tensors[0].tobytes())
+            assert msgspec.structs.replace(said, seed=None, number=0) == Ask(0, said.model, 2, said.deadline_ms)
+        else:
+            assert not tensors
+        return write(self, kind, tensors, body)
 
     monkeypatch.setattr(channel.Channel, "_write", recorded)
     ask(service, 10 * ASKED)
+    words = 8 * encode(inputs(2)).numel()
+    assert ({len(one) for one in sent[ALICE]}, {len(one) for one in sent[BOB]}) == ({SEED_BYTES}, {words})
     for party, shares in sent.items():
         assert len(shares) == len(set(shares)) == 10 * ASKED, party
         counts = np.bincount(np.frombuffer(b"".join(shares), np.uint8), minlength=256)
