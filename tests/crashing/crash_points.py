@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from torch import Tensor
@@ -42,6 +42,7 @@ def who() -> str:
 
 
 ME = who()
+T = TypeVar("T")
 
 
 def come_to(point: str) -> None:
@@ -104,16 +105,17 @@ def got(end: Link | Channel, frame: Frame) -> None:
     come_to(f"{ME} got {name} from {peer(end)}")
 
 
-def sending(send: Callable[..., None]) -> Callable[..., None]:
+def sending(send: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(send)
-    def wrapped(self: Link | Channel, kind: Kind, tensors: Sequence[Tensor] = (), body: bytes = b"") -> None:
+    def wrapped(self: Link | Channel, kind: Kind, tensors: Sequence[Tensor] = (), body: bytes = b"") -> T:
         come_to(f"{ME} sends {what(kind, body)} to {peer(self)}")
-        send(self, kind, tensors, body)
+        result = send(self, kind, tensors, body)
         sent = functools.partial(come_to, f"{ME} sent {what(kind, body)} to {peer(self)}")
         if isinstance(self, Channel):
             asyncio.get_running_loop().call_soon(sent)  # the loop has written it by then
         else:
             sent()
+        return result
 
     return wrapped
 
